@@ -1,0 +1,14 @@
+"Package metadata comes from settings.ini, which nbdev reads too: one place to state a requirement."
+from configparser import ConfigParser
+from setuptools import find_packages, setup
+
+cfg = ConfigParser(delimiters=["="], interpolation=None)
+cfg.read("settings.ini", encoding="utf-8")
+cfg = cfg["DEFAULT"]
+
+setup(
+    name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], author=cfg["author"],
+    license="Apache-2.0", python_requires=">=" + cfg["min_python"], packages=find_packages(include=["medvlp*"]),
+    install_requires=cfg["requirements"].split(),
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "weights")},
+)
