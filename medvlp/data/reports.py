@@ -13,7 +13,7 @@ HEADINGS = {"findings": "findings", "finding": "findings", "impression": "impres
     "presentation": None, "discussion": None, "recommendation": None, "recommendations": None, "notification": None, "wet read": None}
 _heading = re.compile(r"(?:^|(?<=[\n.]))[ \t.]*(" + "|".join(sorted(HEADINGS, key=len, reverse=True)) + r")[ \t]*:", re.IGNORECASE)
 
-# %% ../../nbs/1_data/02_reports.ipynb #d4b0c028
+# %% ../../nbs/1_data/02_reports.ipynb #5e007886
 def split_report(
     text:str, # a whole report
 ) -> dict: # {"findings", "impression"}, either may be empty
@@ -22,7 +22,7 @@ def split_report(
     parts = {"findings": [], "impression": []}
     for m, end in zip(marks, [n.start() for n in marks[1:]] + [len(text)]):
         if section := HEADINGS[m[1].lower()]: parts[section].append(text[m.end():end].strip())
-    if not any(map(any, parts.values())): parts["findings"].append(text[:marks[0].start()] if marks else text)
+    if not any(map(any, parts.values())): parts["findings"].append((text[:marks[0].start()].strip() if marks else "") or text)
     return {k: " ".join(filter(None, v)).strip() for k, v in parts.items()}
 
 # %% ../../nbs/1_data/02_reports.ipynb #47562d00

@@ -18,26 +18,26 @@ COLUMNS = ["study_id", "patient_id", "image", "view", "findings", "impression", 
 class StudyError(ValueError):
     "A study set that cannot be used as it stands; the message names the file, the row, the field and the remedy"
 
-# %% ../../nbs/1_data/00_studies.ipynb #8966a50b
+# %% ../../nbs/1_data/00_studies.ipynb #029c98f5
 def read_table(
     path:str|Path, # a CSV file with a header line
 ) -> list[dict]: # one dict of strings a row
-    "Rows of a CSV file; bytes that are not UTF-8 become surrogate characters"
+    "Rows of a CSV file; bytes that are not UTF-8 become the replacement character"
     path = Path(path)
     if not path.is_file(): raise StudyError(f"{path}: no such file. A study set needs it; see the README, 'Your own data'.")
     csv.field_size_limit(1 << 24)
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as f: rows = list(csv.DictReader(f))
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as f: rows = list(csv.DictReader(f))
     for i, row in enumerate(rows, 2):
         if None in row or None in row.values(): raise StudyError(f"{path}, line {i}: {len(row)} header fields, but the line has another number. Quote fields that hold commas or line breaks.")
     if not rows: raise StudyError(f"{path}: no rows below the header. Give one line a study.")
     return rows
 
-# %% ../../nbs/1_data/00_studies.ipynb #cfbc8706
+# %% ../../nbs/1_data/00_studies.ipynb #dd2bf906
 def is_utf8(
     text:str, # as `read_table` returned it
 ) -> bool:
     "Whether the text was valid UTF-8 on disk"
-    return not any("\ud800" <= c <= "\udfff" for c in text)
+    return "\ufffd" not in text
 
 # %% ../../nbs/1_data/00_studies.ipynb #0dfcbe9e
 def need_columns(
@@ -103,7 +103,7 @@ def read_imagefolder(
     if not {"findings", "impression", "report"} & set(rows[0]): need_columns(rows, ["findings, impression or report"], path)
     return pd.DataFrame([read_row(folder, r, i, split_report) for i, r in enumerate(rows, 2)], columns=COLUMNS)
 
-# %% ../../nbs/1_data/00_studies.ipynb #9b41a249
+# %% ../../nbs/1_data/00_studies.ipynb #4dfe8504
 def split_by_patient(
     patient_ids, # [n] text
     fractions=(.7, .1, .2), # train, val, test; they sum to 1
@@ -111,7 +111,7 @@ def split_by_patient(
 ) -> list[str]: # [n], each of SPLITS
     "Draw a split by patient, the same for a patient whoever else is there"
     if abs(sum(fractions) - 1) > 1e-6 or len(fractions) != 3 or min(fractions) < 0: raise ValueError(f"split fractions {tuple(fractions)}: give three that are not negative and sum to 1 (train, val, test).")
-    def u(p): return int.from_bytes(hashlib.blake2b(f"{seed}:{p}".encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") / 2**64
+    def u(p): return int.from_bytes(hashlib.blake2b(f"{seed}:{p}".encode(), digest_size=8).digest(), "big") / 2**64
     def cut(x): return SPLITS[0] if x < fractions[0] else SPLITS[1] if x < fractions[0] + fractions[1] else SPLITS[2]
     return [cut(u(p)) for p in patient_ids]
 
