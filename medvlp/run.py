@@ -7,12 +7,13 @@ __all__ = ['TYPES', 'STRICT', 'find_project', 'enter_project', 'StageError', 'co
            'section', 'gather', 'resolve', 'plain', 'Knob', 'parse_knob', 'parse_knobs', 'read_knobs', 'fit_all',
            'stage_parameters', 'clean_outputs', 'clean_copy', 'Relay', 'kernel_environment', 'claim', 'run_stage',
            'describe_failure', 'Parser', 'make_parser', 'parse_arguments', 'resolve_pipeline', 'stage_arguments',
-           'tracked', 'unused', 'check', 'complain', 'run_and_report', 'main']
+           'tracked', 'unused', 'imported', 'code_of', 'check', 'complain', 'run_and_report', 'main']
 
-# %% ../nbs/run.ipynb #d03531d0
-import argparse, ast, difflib, io, json, os, re, shlex, shutil, signal, sys, time, tokenize
+# %% ../nbs/run.ipynb #4a3022a2
+import argparse, ast, difflib, hashlib, io, json, os, re, shlex, shutil, signal, sys, time, tokenize
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Iterable, Literal, Optional, Union
@@ -366,7 +367,7 @@ class Parser(argparse.ArgumentParser):
     "A command-line parser whose complaint is a `StageError`"
     def error(self, message): raise StageError(f"{message}; {' '.join(self.format_usage().split())}")
 
-# %% ../nbs/run.ipynb #4e40a603
+# %% ../nbs/run.ipynb #a586329c
 def make_parser() -> Parser:
     "The arguments of `python -m medvlp.run`"
     p = Parser(prog="python -m medvlp.run", description="Run a stage notebook with its parameters from params.yaml, or check that all stages could run")
@@ -376,6 +377,7 @@ def make_parser() -> Parser:
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="one parameter, stronger than any section; the value is YAML")
     p.add_argument("--params", default="params.yaml", metavar="FILE", help="the params file (params.yaml)")
     p.add_argument("--check", action="store_true", help="check every stage of dvc.yaml against the params file, run nothing")
+    p.add_argument("--code", metavar="FOLDER", help="with --check: write there, stage by stage, which code stands behind it")
     return p
 
 # %% ../nbs/run.ipynb #df8a157f
@@ -439,14 +441,47 @@ def unused(
     read = {n.split(".")[0] for n in names}
     return [name for name in tree if str(name) not in read]
 
-# %% ../nbs/run.ipynb #f628eab8
+# %% ../nbs/run.ipynb #7d40ec7a
+def imported(
+    source:str,     # Python
+    package:str="", # the package it belongs to, for relative imports
+) -> set[str]: # dotted names, some of them of functions
+    "What a source imports"
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            found |= {base, *(f"{base}.{a.name}" for a in node.names)}
+    return found
+
+# %% ../nbs/run.ipynb #9e177e33
+def code_of(
+    notebook:str|Path,    # a stage notebook
+    method:Any=None,      # a module of medvlp.methods, if the stage has one
+) -> dict[str, str]: # {file: hash}
+    "The code behind a stage: hashes of the notebook's cells and of every module of medvlp they lead to"
+    root = Path(find_spec("medvlp").submodule_search_locations[0]).parent
+    source = "\n".join("".join(c.source) for c in read_nb(notebook).cells if c.cell_type == "code")
+    files, todo = {Path(notebook).name: hashlib.sha256(source.encode()).hexdigest()}, imported(source) | {f"medvlp.methods.{method}"}
+    while todo:
+        name = todo.pop()
+        path = root/f"{name.replace('.', '/')}.py"
+        file = path.relative_to(root).as_posix()
+        if not name.startswith("medvlp.") or name == "medvlp.run" or file in files or not path.is_file(): continue
+        files[file] = hashlib.sha256(path.read_bytes()).hexdigest()
+        todo |= imported(path.read_text(encoding="utf-8"), name.rpartition(".")[0])
+    return dict(sorted(files.items()))
+
+# %% ../nbs/run.ipynb #32a0495c
 def check(
     params:str|Path="params.yaml", # the params file to check
+    code:str|Path|None=None, # folder for one file a stage that lists its code; None: not written
 ) -> list[str]: # a line a stage
     "Check every runner call in dvc.yaml; `StageError` with the problems of all stages"
     try: pipeline = Path(os.path.relpath(find_project()/"dvc.yaml"))
     except FileNotFoundError as e: raise StageError(str(e)) from None
-    stages, done, problems, calls = resolve_pipeline(pipeline, params), [], [], []
+    stages, done, problems, calls, made = resolve_pipeline(pipeline, params), [], [], [], {}
     for name, stage in stages.items():
         with collect(problems):
             for call in (c for c in stage_arguments(stage) if not c.check):
@@ -456,10 +491,14 @@ def check(
                              for s in call.sections if not any(f"{s}.".startswith(f"{t}.") or t.startswith(f"{s}.") for t in tracked(stage))]
                 values = stage_parameters(notebook, call.sections, call.sets, params)
                 done.append(f"{name}: {notebook}, {len(values)} parameters")
+                if code: made[name] = code_of(notebook, values.get("method"))
     tree = read_mapping(params)
     problems += [f'{params}: no stage of {pipeline} reads section "{name}": {remedy(name, [s for c in calls for s in c.sections])}'
                  for name in unused(stages, calls, tree, pipeline.read_text(encoding="utf-8"))]
     if problems: raise StageError(*problems)
+    for name, files in made.items():
+        Path(code).mkdir(parents=True, exist_ok=True)
+        Path(code, f"{name}.txt").write_text("".join(f"{digest} {file}\n" for file, digest in files.items()))
     return done
 
 # %% ../nbs/run.ipynb #7c16a28e
@@ -487,7 +526,7 @@ def run_and_report(
     print(f"{notebook}: executed copy in {output}")
     return 0
 
-# %% ../nbs/run.ipynb #b56ce645
+# %% ../nbs/run.ipynb #83ae80e7
 def main(
     argv:list[str]|None=None, # the command line
 ) -> int: # exit status
@@ -495,7 +534,7 @@ def main(
     try:
         args = parse_arguments(argv)
         if args.check:
-            done = check(args.params)
+            done = check(args.params, args.code)
             print(*done, f"{len(done)} stages, no problem", sep="\n")
             return 0
         return run_and_report(args.notebook, args.output, stage_parameters(args.notebook, args.sections, args.sets, args.params))

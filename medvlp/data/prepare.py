@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['study_features', 'png', 'prepare_report', 'prepare_study', 'check_loss', 'prepare_studies', 'summarise',
-           'save_studies', 'check_writable', 'load_studies']
+           'save_studies', 'check_writable', 'read_summary', 'load_studies']
 
 # %% ../../nbs/1_data/07_prepare.ipynb #2eee70fb
 import hashlib, io, json, os
@@ -103,10 +103,11 @@ def summarise(ds:Dataset, quarantine:Quarantine) -> dict:
     by_split = {s: dict(studies=len(f), patients=int(f.patient_id.nunique()), pairs=int(f.paired.sum())) for s, f in frame.groupby("split")}
     return dict(studies=len(ds), splits=by_split, labels=labels, set_aside={k: int(n) for k, n in quarantine.frame().excluded_from.value_counts().sort_index().items()})
 
-# %% ../../nbs/1_data/07_prepare.ipynb #9d46a257
+# %% ../../nbs/1_data/07_prepare.ipynb #09348e2b
 def save_studies(
     ds:Dataset, quarantine:Quarantine,
     folder:str|Path, # written anew
+    title:str="", # how tables and figures call the data
 ) -> dict: # the summary
     "Write a prepared set; the same studies give the same bytes"
     folder = Path(folder)
@@ -117,7 +118,7 @@ def save_studies(
     ds._fingerprint = content.hexdigest()[:16]
     ds.save_to_disk(folder)
     quarantine.frame().to_csv(folder/"quarantine.csv", index=False)
-    summary = summarise(ds, quarantine)
+    summary = dict(title=title) | summarise(ds, quarantine)
     (folder/"summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -133,7 +134,11 @@ def check_writable(
         probe.write_text(""); probe.unlink()
     except OSError as e: raise PermissionError(f"{folder}: cannot be written to ({e.strerror}). Give the output another folder, or yourself the right to write there.") from None
 
-# %% ../../nbs/1_data/07_prepare.ipynb #195d2388
+# %% ../../nbs/1_data/07_prepare.ipynb #8fb7b0e4
+def read_summary(folder:str|Path) -> dict:
+    "The counts of a prepared set, and its title"
+    return json.loads((Path(folder)/"summary.json").read_text())
+
 def load_studies(
     folder:str|Path, # of save_studies
     split:str|None=None, # train, val, test, or all
