@@ -304,11 +304,11 @@ class Relay:
 
     def flush(self): self.out.flush()
 
-# %% ../nbs/run.ipynb #5988a6e2
+# %% ../nbs/run.ipynb #62ff6c8b
 def kernel_environment() -> dict[str, str]: # environment variables
     "What the kernel's environment must say for a run to be repeatable"
     paths = [f"{sys.prefix}/share/jupyter", *filter(None, os.environ.get("JUPYTER_PATH", "").split(os.pathsep))]
-    return dict(JUPYTER_PATH=os.pathsep.join(dict.fromkeys(paths)), PYTHONHASHSEED="0", MPLBACKEND="module://matplotlib_inline.backend_inline")
+    return dict(JUPYTER_PATH=os.pathsep.join(dict.fromkeys(paths)), PYTHONHASHSEED="0", PYTHONWARNINGS="ignore:IProgress not found", MPLBACKEND="module://matplotlib_inline.backend_inline")
 
 # %% ../nbs/run.ipynb #0205cea4
 def claim(

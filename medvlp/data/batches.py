@@ -13,7 +13,7 @@ from .images import address, addressed
 from .reports import report_text
 from .words import encode
 
-# %% ../../nbs/1_data/08_batches.ipynb #b5d063f2
+# %% ../../nbs/1_data/08_batches.ipynb #abb01436
 class StudyDataset(Dataset):
     "Prepared studies as (image tensor, report); an item is addressed by (epoch, index), or by index alone for epoch 0"
     def __init__(self,
@@ -22,7 +22,7 @@ class StudyDataset(Dataset):
         sections=("impression", "findings"), # of the report, in this order
         seed:int=0, # of the augmentation
     ):
-        self.studies, self.transform, self.sections, self.seed = studies, transform, sections, seed
+        self.studies, self.transform, self.sections, self.seed = studies.select_columns(["image", "findings", "impression"]), transform, sections, seed
     def __len__(self): return len(self.studies)
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (0, key)

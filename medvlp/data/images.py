@@ -90,26 +90,26 @@ def address(
     "One seed from several integers; neighbouring keys give unrelated seeds"
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../../nbs/1_data/01_images.ipynb #dfe816d4
+# %% ../../nbs/1_data/01_images.ipynb #ab82e844
 @contextmanager
 def addressed(*key:int):
     "Within this block torch's CPU generator is seeded by `key`; afterwards it is as it was"
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(address(*key))
+        torch.default_generator.manual_seed(address(*key))
         yield
 
-# %% ../../nbs/1_data/01_images.ipynb #ba5b1c1a
+# %% ../../nbs/1_data/01_images.ipynb #83624064
 def train_transform(
     size:int, # pixels of the square that the encoder sees
     degrees:float=5., # largest turn
     contrast:float=.2, # brightness and contrast vary by this share
 ):
     "Random square cut, turn and exposure: grey picture to [1,size,size] float32 in 0..1"
-    return v2.Compose([v2.PILToTensor(), v2.RandomAffine(degrees), v2.RandomCrop(size, pad_if_needed=True), v2.ColorJitter(contrast, contrast), v2.ToDtype(torch.float32, scale=True)])
+    return v2.Compose([v2.RandomAffine(degrees, interpolation=v2.InterpolationMode.BILINEAR), v2.RandomCrop(size, pad_if_needed=True), v2.ColorJitter(contrast, contrast), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
 
-# %% ../../nbs/1_data/01_images.ipynb #8f986a18
+# %% ../../nbs/1_data/01_images.ipynb #9809fb75
 def eval_transform(
     size:int, # pixels of the square that the encoder sees
 ):
     "The middle square: grey picture to [1,size,size] float32 in 0..1"
-    return v2.Compose([v2.PILToTensor(), v2.CenterCrop(size), v2.ToDtype(torch.float32, scale=True)])
+    return v2.Compose([v2.CenterCrop(size), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])

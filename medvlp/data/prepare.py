@@ -76,13 +76,14 @@ def check_loss(studies, quarantine, max_quarantine, source):
     reasons = "; ".join(f"{n} x {r} (e.g. {lost.file[lost.reason == r].iloc[0]})" for r, n in lost.reason.value_counts().head(3).items())
     raise StudyError(f"{source}: {lost.study_id.nunique()} of {len(studies)} studies cannot be used, more than prepare.max_quarantine = {max_quarantine}: {reasons or 'no study is left'}")
 
-# %% ../../nbs/1_data/07_prepare.ipynb #df8248c4
+# %% ../../nbs/1_data/07_prepare.ipynb #1c8d5c6c
 def prepare_studies(
     studies:pd.DataFrame, # canonical columns
     image_size:int=256, # pixels of the stored shorter side
     views=(), # keep these only, e.g. PA and AP; empty: all
     fractions=(.7, .1, .2), seed:int=0, # of a split drawn by patient, where none is given
     max_quarantine:float=.2, # a larger share lost is an error
+    labels=(), # that later stages need; one that is missing is an error now
     source:str="studies", # for messages
 ) -> tuple[Dataset, Quarantine]:
     "Check, split, decode and clean all studies"
@@ -90,10 +91,11 @@ def prepare_studies(
     seen = studies.view.isin([v.upper() for v in views]) if len(views) else pd.Series(True, studies.index)
     for study in studies[~seen].to_dict("records"): quarantine.add(study, "view", f"view {study['view'] or 'unknown'} is not in prepare.views", "views")
     studies = studies[seen]
-    labels = sorted({k for l in studies.labels for k in l})
-    rows = [prepare_study(s, image_size, labels, quarantine) for s in tqdm(studies.to_dict("records"), desc="prepare", unit="study")]
+    known = sorted({k for l in studies.labels for k in l})
+    if missing := set(labels) - set(known): raise StudyError(f"{source}: no label {', '.join(sorted(missing))}, which downstream.labels asks for. The data have: {', '.join(known) or 'none'}.")
+    rows = [prepare_study(s, image_size, known, quarantine) for s in tqdm(studies.to_dict("records"), desc="prepare", unit="study")]
     check_loss(studies, quarantine, max_quarantine, source)
-    return Dataset.from_list([r for r in rows if r], features=study_features(labels)), quarantine
+    return Dataset.from_list([r for r in rows if r], features=study_features(known)), quarantine
 
 # %% ../../nbs/1_data/07_prepare.ipynb #a1b76e80
 def summarise(ds:Dataset, quarantine:Quarantine) -> dict:

@@ -42,22 +42,22 @@ def image_config(
     cfg = timm.get_pretrained_cfg(name).to_dict() | cfg
     return dict(name=name, mean=list(cfg["mean"]), std=list(cfg["std"])) | options
 
-# %% ../../nbs/2_encoders/01_image.ipynb #22326fb7
+# %% ../../nbs/2_encoders/01_image.ipynb #ebacd270
 class ImageEncoder(nn.Module):
     "A timm network that returns `ImageFeatures`; `dim` is its width D"
     def __init__(self,
         name:str="resnet18", # a timm architecture
         image_size:int=224, # pixels of the square it sees
-        channels:int=1, # 1 for grey; 3 for weights trained on colour: grey is repeated
+        in_chans:int=1, # 1 for grey; 3 for weights trained on colour: grey is repeated
         mean=(.485, .456, .406), std=(.229, .224, .225), # of the pictures that the weights know, values in 0..1
         saliency:bool=False, # also return the class token's attention
         **options, # handed to timm, e.g. drop_path_rate
     ):
         super().__init__()
         if "vit" in name: options["img_size"] = image_size
-        self.net = timm.create_model(name, in_chans=channels, num_classes=0, **options)
-        self.dim, self.channels = self.net.num_features, channels
-        self.mean, self.std = ([sum(v) / len(v)] if channels == 1 else list(v) for v in (mean, std))
+        self.net = timm.create_model(name, in_chans=in_chans, num_classes=0, **options)
+        self.dim, self.in_chans = self.net.num_features, in_chans
+        self.mean, self.std = ([sum(v) / len(v)] if in_chans == 1 else list(v) for v in (mean, std))
         self.prefix = getattr(self.net, "num_prefix_tokens", 0)
         self.saliency = saliency
         if saliency and not (self.prefix and hasattr(self.net, "blocks")): raise ValueError(f"image encoder {name!r} has no class token, hence no saliency. Choose a ViT, or a method that needs none.")
@@ -65,17 +65,17 @@ class ImageEncoder(nn.Module):
     def load_pretrained(self,
         name:str, # as for `image_config`; a timm name downloads once
     ):
-        "Take the published weights of this architecture; the first layer is folded to `channels`, the class head left out"
+        "Take the published weights of this architecture; the first layer is folded to `in_chans`, the class head left out"
         name = f"local-dir:{name}" if (Path(name)/"config.json").is_file() else name
         size = {"img_size": self.net.patch_embed.img_size} if self.prefix else {}
-        self.net.load_state_dict(timm.create_model(name, pretrained=True, in_chans=self.channels, num_classes=0, **size).state_dict())
+        self.net.load_state_dict(timm.create_model(name, pretrained=True, in_chans=self.in_chans, num_classes=0, **size).state_dict())
 
     def normalise(self,
-        images:Tensor, # [B,1,H,W] or [B,channels,H,W] in 0..1
-    ) -> Tensor: # [B,channels,H,W]
+        images:Tensor, # [B,1,H,W] or [B,in_chans,H,W] in 0..1
+    ) -> Tensor: # [B,in_chans,H,W]
         "Subtract the mean and divide by the spread that the weights expect"
         mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
-        return (images.expand(-1, self.channels, -1, -1) - mean) / std
+        return (images.expand(-1, self.in_chans, -1, -1) - mean) / std
 
     def forward(self,
         images:Tensor, # [B,1,H,W] in 0..1

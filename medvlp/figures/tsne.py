@@ -29,13 +29,14 @@ def tsne(
         return np.zeros((len(x), 2), np.float32)
     return TSNE(perplexity=perplexity, init="pca" if x.shape[1] > 1 else "random", random_state=seed).fit_transform(x)
 
-# %% ../../nbs/9_figures/02_tsne.ipynb #96b9954f
+# %% ../../nbs/9_figures/02_tsne.ipynb #73a8540a
 def study_class(
     labels, # [N,K] 1, 0, -1 uncertain, NaN unknown
     names:list, # K
 ) -> np.ndarray: # [N] strings
     "One word a study: its only finding, several, normal or unknown"
     y = np.asarray(labels, float)
+    if not len(names): return np.full(len(y), "unknown")
     found = (y == 1).sum(1)
     return np.select([np.isnan(y).all(1), found > 1, found == 1], ["unknown", "several", np.array(names)[(y == 1).argmax(1)]], "normal")
 

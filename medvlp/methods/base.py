@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MethodConfig', 'projection', 'Method', 'find_method', 'check_options', 'build_method', 'load_method']
 
-# %% ../../nbs/6_methods/00_base.ipynb #ecced0dd
+# %% ../../nbs/6_methods/00_base.ipynb #8297da40
 import dataclasses, difflib, importlib, pkgutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 from ..encoders.features import ImageFeatures, TextFeatures
 from ..encoders.image import ImageEncoder, image_config
 from ..encoders.text import TextEncoder, text_config
@@ -132,7 +133,7 @@ def build_method(
     if pretrained[1]: model.text_encoder.load_pretrained(text["name"])
     return model
 
-# %% ../../nbs/6_methods/00_base.ipynb #0a1b7d24
+# %% ../../nbs/6_methods/00_base.ipynb #481470f2
 def load_method(
     folder:str|Path, # as written by save_pretrained
     device:str="cpu",
@@ -141,6 +142,7 @@ def load_method(
     folder = Path(folder)
     if not (folder/"config.json").is_file(): raise FileNotFoundError(f"{folder}: no config.json. Run the pretrain stage first, or give a folder that save_pretrained wrote.")
     find_method(MethodConfig.get_config_dict(folder)[0]["model_type"])
+    logging.disable_progress_bar()
     model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]: raise ValueError(f"{folder}: {what.replace('_', ' ')} {', '.join(map(str, sorted(info[what])[:5]))}. Another method or version wrote these weights; train again.")

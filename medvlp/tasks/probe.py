@@ -14,22 +14,21 @@ from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 from .intervals import auroc, interval, resample, with_macro
 
-# %% ../../nbs/8_tasks/02_probe.ipynb #369874b5
+# %% ../../nbs/8_tasks/02_probe.ipynb #cd804ea9
 def label_frame(
     studies, # of data.prepare.load_studies
     names=(), # which; empty: every label of the data
-    parameter:str="probe.labels", # the parameter to name in an error
+    parameter:str="downstream.labels", # the parameter to name in an error
 ) -> pd.DataFrame: # [N,K] 1, 0, -1 or NaN
-    "The labels of prepared studies as a table; ValueError where there are none, or not the wanted ones"
-    if "labels" not in studies.features: raise ValueError(f"{parameter}: the data have no labels. Bring a column label_<name> in metadata.csv, or leave this stage out.")
-    table = pd.DataFrame(studies["labels"][:], dtype=float)
+    "The labels of prepared studies as a table, without columns where the data have none; ValueError for a wanted one that is not there"
+    table = pd.DataFrame(studies["labels"][:] if "labels" in studies.features else [{}] * len(studies), dtype=float)
     return pd.DataFrame(*label_matrix(table, list(names) or None, parameter)[:1], columns=list(names) or table.columns)
 
-# %% ../../nbs/8_tasks/02_probe.ipynb #aa042c5e
+# %% ../../nbs/8_tasks/02_probe.ipynb #787e1516
 def label_matrix(
     labels, # [N,K] array, or DataFrame with a column a label
     names=None, # the labels to take; for an array the names of its K columns
-    parameter:str="probe.labels", # the parameter to name in an error
+    parameter:str="downstream.labels", # the parameter to name in an error
 ) -> tuple: # values [N,K] float, list of K names
     "Labels as an array, columns in the order of `names`; ValueError for a label that is not there"
     if not isinstance(labels, pd.DataFrame):

@@ -130,7 +130,7 @@ def precision_at_k(
                  for j, (name, *v) in enumerate(zip([*names, "macro"], *e))]
     return rows
 
-# %% ../../nbs/8_tasks/03_retrieval.ipynb #48926532
+# %% ../../nbs/8_tasks/03_retrieval.ipynb #fae7834d
 def retrieval(
     similarity, # [N,N] images by reports of the same studies, in the same order
     reports, # [N] texts
@@ -148,5 +148,5 @@ def retrieval(
     if not np.isfinite(s).all(): raise ValueError(f"similarity: {(~np.isfinite(s)).sum()} values are not finite")
     counts = resample(patient_ids, n_resamples, seed)
     rows = recall_at_k(s, ids, counts, recall_ks)
-    if labels is not None: rows += precision_at_k(s, *label_matrix(labels, label_names, "retrieve.labels"), counts, precision_ks)
+    if labels is not None: rows += precision_at_k(s, *label_matrix(labels, label_names, "downstream.labels"), counts, precision_ks)
     return pd.DataFrame(rows)

@@ -1,0 +1,47 @@
+"A study set and a training run small enough for tests. As a script: train on FOLDER/prepared into FOLDER/RUN."
+import sys
+from pathlib import Path
+import numpy as np, pandas as pd, torch
+from PIL import Image
+
+LEVELS = ["black", "dark", "grey", "light", "pale", "bright", "white", "clear"]
+
+
+def write_studies(folder, n=48):
+    "Grey squares whose reports name the level; 8 levels, 3 splits, one label"
+    folder = Path(folder)
+    (folder/"images").mkdir(parents=True)
+    rng, rows = np.random.default_rng(0), []
+    for i in range(n):
+        name = f"images/{i:03}.png"
+        Image.fromarray((30 * (i % 8) + rng.integers(0, 20, (48, 56))).astype(np.uint8)).save(folder/name)
+        rows.append(dict(file_name=name, study_id=f"s{i}", patient_id=f"p{i}", view="PA", findings=f"A {LEVELS[i % 8]} field is seen.", impression=f"Field {LEVELS[i % 8]}.",
+                         split="train" if i < n * 2 // 3 else "val" if i < n * 5 // 6 else "test", label_bright=int(i % 8 > 3)))
+    pd.DataFrame(rows).to_csv(folder/"metadata.csv", index=False)
+    return folder
+
+
+def prepare(source, output):
+    from medvlp.data.prepare import prepare_studies, save_studies
+    from medvlp.data.sources import imagefolder
+    save_studies(*prepare_studies(imagefolder(source), image_size=40), output)
+
+
+def train(folder, run, seed=0):
+    "Pre-train into FOLDER/RUN; call again to resume"
+    from transformers import set_seed
+    from medvlp.data.prepare import load_studies
+    from medvlp.data.words import reports_tokenizer
+    from medvlp.methods.base import build_method
+    from medvlp.training.trainer import pretrain
+    torch.set_num_threads(1)
+    folder = Path(folder)
+    studies = {s: load_studies(folder/"prepared", s, paired=True) for s in ("train", "val")}
+    tokenizer = reports_tokenizer(studies["train"], ["findings"], 100)
+    set_seed(seed)
+    model = build_method("convirt", dict(name="resnet10t", image_size=32), dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64), len(tokenizer), dim=16)
+    pretrain(model, tokenizer, studies, folder/run/"model", folder/run/"curves", folder/run/"checkpoints", seed=seed, epochs=10, batch_size=8, sections=["findings"],
+             learning_rate=1e-3, weight_decay=.05, warmup=.1, checkpoint_steps=3, log_steps=1, device="cpu", precision="fp32")
+
+
+if __name__ == "__main__": train(*sys.argv[1:3])
