@@ -1,5 +1,5 @@
 "Bad input: one clear error that names the place and the remedy, or a counted entry in the quarantine"
-import os, subprocess, sys
+import io, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
@@ -16,8 +16,7 @@ def studies(tmp_path): return small.write_studies(tmp_path/"data")
 
 def edit(folder, change):
     "Change metadata.csv as a table"
-    table = pd.read_csv(folder/"metadata.csv", dtype=str, keep_default_na=False)
-    change(table)
+    table = change(pd.read_csv(folder/"metadata.csv", dtype=str, keep_default_na=False))
     table.to_csv(folder/"metadata.csv", index=False)
 
 def prepare(folder, **options): return prepare_studies(imagefolder(folder), image_size=40, source=str(folder), **options)
@@ -42,7 +41,6 @@ def test_unreadable_image_is_set_aside(studies, damage, reason):
     assert entry.study_id == "s5" and entry.field == "image" and reason in entry.reason and entry.file == str(path)
 
 def jpeg(mode="L", size=(64, 64)):
-    import io
     out = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, size, np.uint8)).convert(mode).save(out, "JPEG")
     return out.getvalue()
@@ -62,20 +60,20 @@ def test_cmyk_jpeg_becomes_grey(studies):
 
 
 def test_duplicate_study_id(studies):
-    edit(studies, lambda t: t.study_id.replace("s7", "s3", inplace=True) or t.__setitem__("study_id", t.study_id.replace("s7", "s3")))
+    edit(studies, lambda t: t.assign(study_id=t.study_id.replace("s7", "s3")))
     with pytest.raises(StudyError, match=r"study_id 's3' stands in rows 4, 8"): prepare(studies)
 
 def test_patient_in_two_splits(studies):
-    edit(studies, lambda t: t.__setitem__("patient_id", t.patient_id.replace("p47", "p0")))
+    edit(studies, lambda t: t.assign(patient_id=t.patient_id.replace("p47", "p0")))
     with pytest.raises(StudyError, match=r"patient 'p0' stands in train \(row 1\), test \(row 48\).*one split"): prepare(studies)
 
 def test_empty_report_keeps_an_image_that_has_labels(studies):
-    edit(studies, lambda t: t.loc.__setitem__((4, ["findings", "impression"]), ""))
+    edit(studies, lambda t: t.assign(findings=t.findings.where(t.index != 4, ""), impression=t.impression.where(t.index != 4, "")))
     entry = only_entry(studies)
     assert entry.study_id == "s4" and "report of 0 words" in entry.reason and entry.excluded_from == "pairs"
 
 def test_report_of_5000_words_is_cut_to_the_encoder(studies, tmp_path):
-    edit(studies, lambda t: t.loc.__setitem__((0, "findings"), "opacity " * 5000))
+    edit(studies, lambda t: t.assign(findings=t.findings.where(t.index != 0, "opacity " * 5000)))
     prepared, quarantine = prepare(studies)
     assert not len(quarantine) and len(prepared[0]["findings"].split()) == 5000
     from medvlp.data.batches import Collate, StudyDataset
@@ -91,14 +89,14 @@ def test_report_that_is_not_utf8(studies):
     assert entry.study_id == "s1" and "UTF-8" in entry.reason and entry.field == "findings"
 
 def test_metadata_without_a_needed_column(studies):
-    edit(studies, lambda t: t.drop(columns="patient_id", inplace=True))
+    edit(studies, lambda t: t.drop(columns="patient_id"))
     with pytest.raises(StudyError, match=r"metadata.csv: no column patient_id. The columns are: file_name"): prepare(studies)
 
 def test_label_column_missing(studies):
     with pytest.raises(StudyError, match=r"no label oedema.*downstream.labels.*bright"): prepare(studies, labels=["oedema"])
 
 
-def run(*arguments, params=None, tmp_path=None):
+def run(*arguments):
     "The stage runner from the command line, with a changed params.yaml"
     return subprocess.run([sys.executable, "-m", "medvlp.run", *arguments], cwd=ROOT, capture_output=True, text=True)
 

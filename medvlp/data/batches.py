@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['StudyDataset', 'EpochSampler', 'Collate']
 
-# %% ../../nbs/1_data/08_batches.ipynb #f570d517
+# %% ../../nbs/1_data/08_batches.ipynb #fd264f47
 from collections.abc import Callable
 import torch
 from torch.utils.data import Dataset, Sampler
 from .images import address, addressed
-from .reports import report_text
+from .reports import report_text, sample_sentences
 from .words import encode
 
-# %% ../../nbs/1_data/08_batches.ipynb #abb01436
+# %% ../../nbs/1_data/08_batches.ipynb #ac4a40db
 class StudyDataset(Dataset):
     "Prepared studies as (image tensor, report); an item is addressed by (epoch, index), or by index alone for epoch 0"
     def __init__(self,
@@ -21,14 +21,15 @@ class StudyDataset(Dataset):
         transform:Callable, # grey picture to [1,H,W]; see data.images
         sections=("impression", "findings"), # of the report, in this order
         seed:int=0, # of the augmentation
+        sentences:float=1., # probability that a sentence of the report stays, see data.reports
     ):
-        self.studies, self.transform, self.sections, self.seed = studies.select_columns(["image", "findings", "impression"]), transform, sections, seed
+        self.studies = studies.select_columns(["image", "findings", "impression"])
+        self.transform, self.sections, self.seed, self.sentences = transform, sections, seed, sentences
     def __len__(self): return len(self.studies)
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (0, key)
         study = self.studies[i]
-        with addressed(self.seed, epoch, i): image = self.transform(study["image"])
-        return dict(image=image, report=report_text(study, self.sections))
+        with addressed(self.seed, epoch, i): return dict(image=self.transform(study["image"]), report=sample_sentences(report_text(study, self.sections), self.sentences))
 
 # %% ../../nbs/1_data/08_batches.ipynb #99cde01b
 class EpochSampler(Sampler):

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['class_attention', 'image_config', 'ImageEncoder']
 
-# %% ../../nbs/2_encoders/01_image.ipynb #2af475d7
+# %% ../../nbs/2_encoders/01_image.ipynb #6e5eadb5
 import difflib, json
 from pathlib import Path
 import timm, torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from .features import ImageFeatures
 
@@ -42,7 +43,7 @@ def image_config(
     cfg = timm.get_pretrained_cfg(name).to_dict() | cfg
     return dict(name=name, mean=list(cfg["mean"]), std=list(cfg["std"])) | options
 
-# %% ../../nbs/2_encoders/01_image.ipynb #ebacd270
+# %% ../../nbs/2_encoders/01_image.ipynb #0a7bade0
 class ImageEncoder(nn.Module):
     "A timm network that returns `ImageFeatures`; `dim` is its width D"
     def __init__(self,
@@ -61,14 +62,6 @@ class ImageEncoder(nn.Module):
         self.prefix = getattr(self.net, "num_prefix_tokens", 0)
         self.saliency = saliency
         if saliency and not (self.prefix and hasattr(self.net, "blocks")): raise ValueError(f"image encoder {name!r} has no class token, hence no saliency. Choose a ViT, or a method that needs none.")
-
-    def load_pretrained(self,
-        name:str, # as for `image_config`; a timm name downloads once
-    ):
-        "Take the published weights of this architecture; the first layer is folded to `in_chans`, the class head left out"
-        name = f"local-dir:{name}" if (Path(name)/"config.json").is_file() else name
-        size = {"img_size": self.net.patch_embed.img_size} if self.prefix else {}
-        self.net.load_state_dict(timm.create_model(name, pretrained=True, in_chans=self.in_chans, num_classes=0, **size).state_dict())
 
     def normalise(self,
         images:Tensor, # [B,1,H,W] or [B,in_chans,H,W] in 0..1
@@ -94,3 +87,13 @@ class ImageEncoder(nn.Module):
         "Feature map to a row of patches"
         if maps.dim() == 4: return maps.flatten(2).transpose(1, 2), tuple(maps.shape[2:])
         return maps[:, self.prefix:], tuple(self.net.patch_embed.grid_size)
+
+# %% ../../nbs/2_encoders/01_image.ipynb #ca3dc898
+@patch
+def load_pretrained(self:ImageEncoder,
+    name:str, # as for `image_config`; a timm name downloads once
+):
+    "Take the published weights of this architecture; the first layer is folded to `in_chans`, the class head left out"
+    name = f"local-dir:{name}" if (Path(name)/"config.json").is_file() else name
+    size = {"img_size": self.net.patch_embed.img_size} if self.prefix else {}
+    self.net.load_state_dict(timm.create_model(name, pretrained=True, in_chans=self.in_chans, num_classes=0, **size).state_dict())

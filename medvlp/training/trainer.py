@@ -153,11 +153,12 @@ def check_budget(n_train:int, n_val:int, batch_size:int, patience:int) -> None:
     if n_train < batch_size: raise ValueError(f"pretrain.batch_size is {batch_size}, but the training split has only {n_train} studies with a report. Lower the batch size.")
     if patience and not n_val: raise ValueError("pretrain.patience needs a validation split with reports; there is none. Set it to 0, or give some patients the split val.")
 
-# %% ../../nbs/7_training/00_trainer.ipynb #9b6e482b
+# %% ../../nbs/7_training/00_trainer.ipynb #e2760212
 def datasets_for(studies, image_size, sections, augment, seed):
     "Training and validation pairs as tensors on demand; `studies` is {split: Dataset}"
-    moves = train_transform(image_size, **augment)
-    return StudyDataset(studies["train"], moves, sections, seed), StudyDataset(studies["val"], eval_transform(image_size), sections, seed)
+    sentences = augment.get("sentences", 1.)
+    moves = train_transform(image_size, **{k: v for k, v in augment.items() if k != "sentences"})
+    return StudyDataset(studies["train"], moves, sections, seed, sentences), StudyDataset(studies["val"], eval_transform(image_size), sections, seed)
 
 # %% ../../nbs/7_training/00_trainer.ipynb #8c946dd2
 def pretrain(
