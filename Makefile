@@ -40,9 +40,10 @@ export: install ## notebooks to package, then clean them
 	nbdev_export && nbdev_clean
 
 readme: install ## README.md from nbs/index.ipynb, and the pictures it shows from the last run of the demo
+	mkdir -p nbs/images
 	cp reports/figures/samples.png reports/figures/tsne.png reports/figures/curves.png results/scoreboard.png nbs/images/
-	jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --output-dir . --output README
-	sed -i 's#(images/#(nbs/images/#g' README.md
+	jupyter nbconvert --log-level WARN --execute --no-input --to markdown nbs/index.ipynb --output-dir . --output README
+	sed -i -E 's#\]\(([1-9]_|stages|images)#](nbs/\1#g' README.md
 
 phantom: install ## draw the demo's study set anew
 	python -m medvlp.data.phantom_report assets/demo --studies 1200 --seed 0
