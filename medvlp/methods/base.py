@@ -32,9 +32,9 @@ class MethodConfig(PreTrainedConfig):
 def projection(
     width:int, # D, of the encoder
     dim:int, # d, of the joint space
-) -> nn.Module: # [...,D] -> [...,d]
-    "Linear, ReLU, linear"
-    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
+) -> nn.Module: # [B,D] -> [B,d]
+    "Each feature to mean 0 and spread 1 over the batch; then linear, ReLU, linear"
+    return nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
 
 # %% ../../nbs/6_methods/00_base.ipynb #845262f3
 class Method(PreTrainedModel):
