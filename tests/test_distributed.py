@@ -1,38 +1,75 @@
 "Two processes give the loss and the gradient of one process on the whole batch"
-import torch, torch.distributed as dist, torch.multiprocessing as mp
+import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
 from medvlp.losses.contrastive import gather, info_nce
+from medvlp.losses.prototypes import Prototypes, sinkhorn
+from medvlp.losses.tokenwise import CrossAttention, cross_token_alignment
 
 
-def heads():
-    torch.manual_seed(0)
-    return nn.ModuleList([nn.Linear(5, 4), nn.Linear(6, 4)]).double()
+def draw(*shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
-def batch():
-    g = torch.Generator().manual_seed(1)
-    return torch.randn(8, 5, generator=g, dtype=torch.float64), torch.randn(8, 6, generator=g, dtype=torch.float64)
+class Heads(nn.Module):
+    "Two projections, and a batch of eight studies for them"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads = nn.ModuleList([nn.Linear(5, 4), nn.Linear(6, 4)])
+    def batch(self): return draw(8, 5), draw(8, 6)
 
-class Loss(nn.Module):
-    def __init__(self): super().__init__(); self.heads = heads()
+class Contrastive(Heads):
+    "Negatives from all processes: each finds the loss of the whole batch"
     def forward(self, images, texts): return info_nce(gather(self.heads[0](images)), gather(self.heads[1](texts)), temperature=.2)
+
+class Prototypical(Heads):
+    "Codes balanced over all processes; each process finds the loss of its own studies"
+    def __init__(self): super().__init__(); self.prototypes = Prototypes(3, 4)
+    def forward(self, images, texts): return self.prototypes(self.heads[0](images), self.heads[1](texts))
+
+class Tokenwise(Heads):
+    "Every study by itself"
+    def __init__(self): super().__init__(); self.attention = nn.ModuleList([CrossAttention(4), CrossAttention(4)])
+    def batch(self): return draw(8, 9, 5), draw(8, 7, 6), torch.arange(7) < torch.tensor([7, 1, 3, 5, 2, 7, 6, 4])[:, None]
+    def forward(self, patches, words, mask):
+        return cross_token_alignment(self.heads[0](patches), self.heads[1](words), mask, words_to_patches=self.attention[0], patches_to_words=self.attention[1])
+
+LOSSES = [Contrastive, Prototypical, Tokenwise]
+
+def scores(): return draw(8, 3).tanh()
 
 def worker(rank, world, file, results):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    model = nn.parallel.DistributedDataParallel(Loss())
-    loss = model(*(x.chunk(world)[rank] for x in batch()))
-    loss.backward()
-    results[rank] = loss.item(), [p.grad.tolist() for p in model.parameters()]
+    found = {}
+    for loss in LOSSES:
+        model = nn.parallel.DistributedDataParallel(loss().double())
+        value = model(*(x.chunk(world)[rank] for x in model.module.batch()))
+        value.backward()
+        found[loss.__name__] = value.item(), [p.grad.tolist() for p in model.parameters()]
+    found["codes"] = sinkhorn(scores().split([5, 3])[rank]).tolist()
+    results[rank] = found
     dist.destroy_process_group()
 
-
-def test_two_processes_equal_one(tmp_path):
-    alone = Loss()
-    loss = alone(*batch())
-    loss.backward()
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    "What each of two processes found"
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(worker, (2, tmp_path/"rendezvous", results), nprocs=2)
+        mp.spawn(worker, (2, tmp_path_factory.mktemp("gloo")/"rendezvous", results), nprocs=2)
         assert set(results.keys()) == {0, 1}
-        for value, grads in results.values():
-            assert abs(value - loss.item()) < 1e-12
-            for g, p in zip(grads, alone.parameters(), strict=True): torch.testing.assert_close(torch.tensor(g, dtype=torch.float64), p.grad, atol=1e-12, rtol=0)
+        return [results[0], results[1]]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_processes_equal_one(processes, loss):
+    alone = loss().double()
+    value = alone(*alone.batch())
+    value.backward()
+    values, grads = zip(*(found[loss.__name__] for found in processes))
+    assert abs(sum(values) / 2 - value.item()) < 1e-12
+    if loss is Contrastive: assert abs(values[0] - values[1]) < 1e-12
+    for found in grads:
+        for g, p in zip(found, alone.parameters(), strict=True): torch.testing.assert_close(torch.tensor(g, dtype=torch.float64), p.grad, atol=1e-12, rtol=0)
+
+def test_codes_of_two_processes_with_unequal_shares(processes):
+    codes = torch.tensor(processes[0]["codes"] + processes[1]["codes"], dtype=torch.float64)
+    torch.testing.assert_close(codes, sinkhorn(scores()), atol=1e-12, rtol=0)
+    assert not torch.allclose(codes[:5], sinkhorn(scores()[:5]), atol=1e-3)
