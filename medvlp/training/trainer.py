@@ -37,6 +37,7 @@ class MethodTrainer(Trainer):
     def _get_train_sampler(self, dataset=None): return EpochSampler(len(self.train_dataset), self.args.seed, lambda: int(self.state.epoch or 0))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.model.epoch = float(self.state.epoch or 0)
         out = model(**inputs)
         part = self.sums["train" if model.training else "eval"]
         for name, value in out["terms"].items(): part[name].append(value.detach())
