@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['label_frame', 'label_matrix', 'cover', 'label_subset', 'fit_probe', 'probe_scores', 'probe_aurocs', 'probe_rows',
-           'check_split', 'linear_probe']
+           'check_split', 'few_labels_table', 'linear_probe']
 
 # %% ../../nbs/8_tasks/02_probe.ipynb #282f38c9
 import numpy as np, pandas as pd
@@ -130,6 +130,31 @@ def check_split(
         if not len(r): raise ValueError(f"split: no {name} rows; it holds {sorted(set(split.tolist()))}")
     return tuple(rows)
 
+# %% ../../nbs/8_tasks/02_probe.ipynb #fd0b5a97
+def few_labels_table(
+    score, # called with (row numbers of labelled studies, number of the subset); gives [n,K] scores of the test studies
+    labels, # [N,K] 1, 0, -1 uncertain, NaN unknown
+    split, # [N] "train" and "test"; other studies are not used
+    patient_ids, # [N]
+    names:list, # K names
+    fractions=(.01, .1, 1.), # of the labelled training studies
+    subset_seeds:int=5, # subsets a fraction
+    n_resamples:int=1000, # of the test patients
+    seed:int=0, # addresses subsets and resamples
+) -> pd.DataFrame: # fraction, n_labelled, label, auroc, low, high, std, subset_seeds, n_test, n_positive, note
+    "AUROC of whatever learns from few labels, one row a fraction and label, with intervals over test patients"
+    train, test = check_split(split)
+    counts = resample(np.asarray(patient_ids)[test], n_resamples, seed)
+    tables = []
+    for f in fractions:
+        rows = [train[label_subset(labels[train], f, (seed, s))] for s in range(1 if f == 1 else subset_seeds)]
+        scores = np.stack([score(r, s) for s, r in enumerate(tqdm(rows, desc=f"{f:.0%} of labels", leave=False, delay=2))])
+        aurocs, resampled = (probe_aurocs(scores, labels[test], c) for c in (None, counts))
+        one_class = sum(np.array([len(set(y) & {0, 1}) < 2 for y in labels[r].T], int) for r in rows)
+        tables.append(probe_rows(aurocs, resampled, labels[test], names, one_class).assign(fraction=f, n_labelled=round(np.mean([len(r) for r in rows]))))
+    table = pd.concat(tables, ignore_index=True)
+    return table[["fraction", "n_labelled", *table.columns.drop(["fraction", "n_labelled"])]]
+
 # %% ../../nbs/8_tasks/02_probe.ipynb #f22ea396
 def linear_probe(
     features, # [N,D] of all studies
@@ -145,15 +170,5 @@ def linear_probe(
 ) -> pd.DataFrame: # fraction, n_labelled, label, auroc, low, high, std, subset_seeds, n_test, n_positive, note
     "AUROC of a linear probe, one row a fraction and label, with intervals over test patients"
     X, (Y, names) = np.asarray(features, float), label_matrix(labels, label_names)
-    train, test = check_split(split)
-    counts = resample(np.asarray(patient_ids)[test], n_resamples, seed)
-    tables = []
-    for f in fractions:
-        rows = [train[label_subset(Y[train], f, (seed, s))] for s in range(1 if f == 1 else subset_seeds)]
-        probes = [fit_probe(X[r], Y[r], C) for r in tqdm(rows, desc=f"probe, {f:.0%} of labels", leave=False, delay=2)]
-        scores = np.stack([probe_scores(p, X[test]) for p in probes])
-        aurocs, resampled = (probe_aurocs(scores, Y[test], c) for c in (None, counts))
-        table = probe_rows(aurocs, resampled, Y[test], names, [sum(q is None for q in k) for k in zip(*probes)])
-        tables.append(table.assign(fraction=f, n_labelled=round(np.mean([len(r) for r in rows]))))
-    table = pd.concat(tables, ignore_index=True)
-    return table[["fraction", "n_labelled", *table.columns.drop(["fraction", "n_labelled"])]]
+    test = check_split(split)[1]
+    return few_labels_table(lambda rows, _: probe_scores(fit_probe(X[rows], Y[rows], C), X[test]), Y, split, patient_ids, names, fractions, subset_seeds, n_resamples, seed)
