@@ -9,7 +9,7 @@ __all__ = ['TERMS', 'PSEUDO', 'CUES', 'VALUES', 'find_mentions', 'blank', 'find_
 # %% ../../nbs/1_data/08_phantom_labeller.ipynb #64d5a52e
 import re
 
-# %% ../../nbs/1_data/08_phantom_labeller.ipynb #b2f84f54
+# %% ../../nbs/1_data/08_phantom_labeller.ipynb #78d567c3
 TERMS = dict(
     effusion=r'effusions?|pleural fluid|ha?emothorax|hydrothorax|fluid in the pleural space',
     consolidation=r'consolidat\w+|air-?space (?:opacit\w+|disease|shadowing)|pneumonia',
@@ -31,16 +31,19 @@ TERMS = dict(
 )
 _terms = {name: re.compile(rf'\b(?:{words})\b') for name, words in TERMS.items()}
 
+# %% ../../nbs/1_data/08_phantom_labeller.ipynb #aaa5cb23
 def find_mentions(
     sentence:str, # lower case
 ) -> list: # of (name, start, end) in characters
     "Where a sentence speaks of a finding, whatever it says about it"
     return [(name, m.start(), m.end()) for name, term in _terms.items() for m in term.finditer(sentence)]
 
-# %% ../../nbs/1_data/08_phantom_labeller.ipynb #a1bc52db
+# %% ../../nbs/1_data/08_phantom_labeller.ipynb #ba954d5d
 PSEUDO = (r'no (?:\w+ )?(?:change|increase|decrease|progression|improvement)|(?:without|not) (?:\w+ )?chang(?:e|ed)|not only|nor only'
     r'|not (?:present|seen|visible|there) (?:on|at|in) (?:the )?(?:previous|prior|last|earlier)|not (?:previously|formerly) (?:present|seen|visible)|not (?:seen|present) (?:previously|before)'
     r'|(?:part(?:ly|ially)|incompletely|nearly|almost) (?:resolved|cleared)|(?:partial|incomplete) (?:resolution|clearing)|not (?:yet )?(?:resolved|cleared)')
+
+# %% ../../nbs/1_data/08_phantom_labeller.ipynb #30ac7940
 CUES = ( # kind, direction, words; earlier lines win where two overlap
     ('uncertain', 'back', r'(?:can ?not|could not|not) (?:be )?(?:\w+ )?(?:excluded|ruled out)|(?:is|are|was|were) (?:suspected|possible|questioned|questionable|equivocal|likely)|to be considered|in question'),
     ('uncertain', 'on', r'can ?not (?:exclude|rule out)|possibl[ey]|probabl[ey]|likely|quer(?:y|ies)|question(?:able)?(?: of)?|suspected|suspicion of|suspicious for|concern(?:ing)? for|may|might|could|perhaps|equivocal|suggest\w*|versus|vs'),
@@ -51,10 +54,12 @@ CUES = ( # kind, direction, words; earlier lines win where two overlap
 )
 _pseudo, _cues = re.compile(rf'\b(?:{PSEUDO})\b'), [(kind, way, re.compile(rf'\b(?:{words})\b')) for kind, way, words in CUES]
 
+# %% ../../nbs/1_data/08_phantom_labeller.ipynb #7371d2ea
 def blank(m:re.Match) -> str:
     "Characters of the same number that no rule reads"
     return '~' * len(m[0])
 
+# %% ../../nbs/1_data/08_phantom_labeller.ipynb #c6215f0a
 def find_cues(
     sentence:str, # lower case
 ) -> list: # of (kind, direction, start, end)
@@ -65,10 +70,11 @@ def find_cues(
         sentence = cue.sub(blank, sentence)
     return out
 
-# %% ../../nbs/1_data/08_phantom_labeller.ipynb #ed69b5d2
+# %% ../../nbs/1_data/08_phantom_labeller.ipynb #be412c04
 _break = re.compile(r'\b(?:but|however|although|though|except|apart from|aside from|which|whereas|while|yet|there)\b|[:;]'
     r'|,\s*(?:(?:and|with|now|also) )*(?=(?:an?|the|this|these|it|is|are|there|new|stable|unchanged|increas\w+|decreas\w+|larger|smaller|small|minor|tiny|mild|slight|moderate\S*|medium\S*|large|extensive|severe|marked|massive|single\S*|dual\S*|known|definite)\b)')
 
+# %% ../../nbs/1_data/08_phantom_labeller.ipynb #9da1d6e8
 def governs(
     sentence:str, # lower case
     cue:tuple, # (kind, direction, start, end)
@@ -80,9 +86,10 @@ def governs(
     between = sentence[end:first]
     return last > start and not _break.search(between) and (',' not in between or re.search(r'\b(?:and|or)\b', between) is not None)
 
-# %% ../../nbs/1_data/08_phantom_labeller.ipynb #62495e6e
+# %% ../../nbs/1_data/08_phantom_labeller.ipynb #525820f0
 VALUES = dict(gone=0, negated=0, uncertain=-1)
 
+# %% ../../nbs/1_data/08_phantom_labeller.ipynb #535852ae
 def judge(
     sentence:str, # lower case
     cues:list, # of `find_cues`
@@ -96,6 +103,7 @@ def judge(
     cue = back[0] if back else nearest
     return VALUES[cue[0]] if cue else 1
 
+# %% ../../nbs/1_data/08_phantom_labeller.ipynb #f9ed6e48
 def read_mentions(
     text:str, # a report, or a part of one
 ) -> list: # of (name, value, start, end) in characters of `text`; value 1, 0 or -1

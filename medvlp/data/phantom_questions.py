@@ -7,15 +7,16 @@ __all__ = ['DEVICES', 'NOUNS', 'UNCOUNTED', 'TOPICS', 'ASK', 'FAR', 'TRIES', 'SH
            'noun', 'kind_of', 'verdict', 'Topic', 'about', 'how_many', 'leads', 'question', 'choose', 'another',
            'ask_about', 'ask_presence', 'ask_modality', 'ask']
 
-# %% ../../nbs/1_data/09_phantom_questions.ipynb #8195f175
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #53bf094f
 import numpy as np
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Callable
 from .chest import Anatomy
 from .phantom import address, draw_numbers
 from .signs import FINDINGS, GRADES, ZONES
 
-# %% ../../nbs/1_data/09_phantom_questions.ipynb #e8197c76
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #08577632
 def certain(
     findings:tuple, # of `Finding`
     name:str,
@@ -24,6 +25,7 @@ def certain(
     found = [f for f in findings if f.name == name]
     return found if all(f.certain for f in found) else []
 
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #6345fe19
 def only(
     findings:tuple, # of `Finding`
     name:str, field:str, # 'side', 'zone' or 'grade'
@@ -34,12 +36,13 @@ def only(
     value = getattr(found[0], field) if len(found) == 1 else None
     return value if value in values else None
 
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #1aae5de0
 def number(findings:tuple, names:tuple) -> str|None:
     "How many findings of these names there are, in words; None for none, and where one is hedged"
     found = [f for f in findings if f.name in names]
     return (None, 'one', 'two', 'three', 'four')[min(len(found), 4)] if all(f.certain for f in found) else None
 
-# %% ../../nbs/1_data/09_phantom_questions.ipynb #9a8db1f6
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #f8a6cf4d
 DEVICES = ('pacemaker', 'tube', 'line', 'wires')
 NOUNS = dict(effusion='pleural effusion', oedema='pulmonary oedema', fracture='rib fracture', hernia='hiatal hernia', tube='endotracheal tube', line='central venous line', wires='sternal wires')
 
@@ -50,16 +53,18 @@ def noun(name:str, article:bool=False) -> str:
     word = NOUNS.get(name, name)
     return word if not article or name in UNCOUNTED else f'{"an" if word[0] in "aeiou" else "a"} {word}'
 
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #c1ffda2a
 def kind_of(findings:tuple, among:tuple) -> str|None:
     "The only kind of finding there is among some, if it is certain"
     names = {f.name for f in findings} & set(among)
     return noun(*names) if len(names) == 1 and certain(findings, *names) else None
 
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #eb1e35c5
 def verdict(findings:tuple) -> str|None:
     "Normal without any finding, abnormal with a certain one"
     return 'normal' if not findings else 'abnormal' if any(f.certain for f in findings) else None
 
-# %% ../../nbs/1_data/09_phantom_questions.ipynb #e7e92ece
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #fcb6d753
 @dataclass(frozen=True)
 class Topic:
     "Something that questions can be about"
@@ -69,6 +74,7 @@ class Topic:
     open:tuple # phrasings that the value answers
     keep:float # how often it is asked where it can be
 
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #58040f0e
 def about(name:str) -> list: # of `Topic`
     "Side, zone and extent of a finding"
     x = noun(name)
@@ -76,14 +82,17 @@ def about(name:str) -> list: # of `Topic`
         Topic('POS', lambda view, fs: only(fs, name, 'zone', ZONES), (f'Is the {x} in the {{}} zone?', f'Does the {x} lie in the {{}} zone?'), (f'In which zone is the {x}?', f'Where does the {x} lie: in the upper, mid or lower zone?'), .5),
         Topic('SIZE', lambda view, fs: only(fs, name, 'grade', GRADES), (f'Is the extent of the {x} {{}}?', f'Would you grade the {x} as {{}}?'), (f'What is the extent of the {x}: small, moderate or large?', f'How would you grade the {x}: small, moderate or large?'), .5)]
 
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #f5bf0ade
 def how_many(what:str, names:tuple) -> Topic:
     "The number of findings of some names"
     return Topic('COUNT', lambda view, fs: number(fs, names), (f'Is the number of {what} {{}}?',), (f'How many {what} are there?', f'How many {what} can be counted?'), .7)
 
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #b152db24
 def leads(view:str, findings:tuple) -> str|None:
     "The number of a pacemaker's leads"
     return dict(single='one', dual='two').get(only(findings, 'pacemaker', 'grade', ('single', 'dual')))
 
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #85348414
 TOPICS = [t for name in FINDINGS for t in about(name)] + [how_many('devices', DEVICES), how_many('nodules', ('nodule',)), how_many('pleural effusions', ('effusion',)), how_many('rib fractures', ('fracture',)),
     Topic('COUNT', leads, ('Is the number of leads of the pacemaker {}?',), ('How many leads does the pacemaker have?',), .7),
     Topic('PLANE', lambda view, fs: view, ('Is the projection {}?', 'Was this film taken as {}?'), ('In which projection was the film taken?', 'Which view is this: PA or AP?'), .6),
@@ -91,48 +100,57 @@ TOPICS = [t for name in FINDINGS for t in about(name)] + [how_many('devices', DE
     Topic('ABN', lambda view, fs: kind_of(fs, [n for n in FINDINGS if n not in DEVICES]), (), ('What abnormality is seen?', 'What is the main finding?'), .5),
     Topic('PRES', lambda view, fs: kind_of(fs, DEVICES), (), ('Which device is seen?', 'What kind of device is in place?'), .7)]
 
-# %% ../../nbs/1_data/09_phantom_questions.ipynb #6e50624e
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #086de556
 ASK = 5 # stream of the questions
-FAR, TRIES = 1_000_000, 12 # studies to compare with are numbered from `FAR`; how many are tried
+FAR, TRIES = 1_000_000, 12 # studies to compare with are numbered from `FAR`; how many are drawn
 
 def question(text:str, answer:str, kind:str) -> dict: # as in notebook 00_studies
     "One question with its answer"
     return dict(question=text, answer=answer, answer_type='closed' if answer in ('yes', 'no') else 'open', question_type=kind)
 
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #228aa174
 def choose(rng:np.random.Generator, options):
     "One of several, all equally likely"
     return options[rng.integers(len(options))]
 
-def another(rng:np.random.Generator, seed:int, hospital:str) -> tuple: # view, findings
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #26156e9c
+@lru_cache(64)
+def another(seed:int, number:int, hospital:str) -> tuple: # view, findings
     "A study to compare with, that is in no set"
-    _, _, a, findings, _ = draw_numbers(seed, FAR + int(rng.integers(FAR)), hospital)
+    _, _, a, findings, _ = draw_numbers(seed, FAR + number, hospital)
     return a.view, findings
 
-def ask_about(rng:np.random.Generator, topic:Topic, seed:int, hospital:str, view:str, findings:tuple) -> list:
-    "A question on a topic, if another study has another value; else none"
-    mine, theirs = topic.value(view, findings), None
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #f2289297
+def ask_about(
+    rng:np.random.Generator,
+    topic:Topic,
+    view:str, findings:tuple, # of the study
+    others:list, # (seed, number, hospital) of the studies to try
+) -> list: # one question or none
+    "A question on a topic, if the first study that has a value too has another one"
+    mine = topic.value(view, findings)
     if mine is None or rng.random() > topic.keep: return []
-    for _ in range(TRIES):
-        theirs = topic.value(*another(rng, seed, hospital))
-        if theirs is not None: break
-    if theirs in (None, mine): return []
+    theirs = next((v for o in others if (v := topic.value(*another(*o))) is not None), mine)
+    if theirs == mine: return []
     if topic.closed and rng.random() < .5:
         value = choose(rng, (mine, theirs))
         return [question(choose(rng, topic.closed).format(value), 'yes' if value == mine else 'no', topic.kind)]
     return [question(choose(rng, topic.open), mine, topic.kind)]
 
-# %% ../../nbs/1_data/09_phantom_questions.ipynb #0d6cb812
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #9f983fa8
 SHOWN = ('Is there evidence of {}?', 'Can {} be seen?', 'Does the film show {}?', 'Does this patient have {}?')
 
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #a0e84ffa
 def ask_presence(rng:np.random.Generator, mine:tuple, theirs:tuple, most:int=3) -> list:
     "Questions whether findings are present, that the two studies answer differently"
     here, there = ({n: bool(certain(fs, n)) for n in FINDINGS if certain(fs, n) or all(f.name != n for f in fs)} for fs in (mine, theirs))
     differ = [n for n in FINDINGS if n in here and n in there and here[n] != there[n]]
     return [question(choose(rng, SHOWN).format(noun(differ[i], article=True)), 'yes' if here[differ[i]] else 'no', 'PRES') for i in rng.permutation(len(differ))[:most]]
 
-# %% ../../nbs/1_data/09_phantom_questions.ipynb #dc23d555
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #27acf02c
 MODALITIES = ('an X-ray', 'a CT scan', 'an MR image', 'an ultrasound image')
 
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #97ecb36a
 def ask_modality(rng:np.random.Generator) -> list:
     "Now and then a question on the kind of image"
     if rng.random() > .15: return []
@@ -140,6 +158,7 @@ def ask_modality(rng:np.random.Generator) -> list:
     what = MODALITIES[0] if rng.random() < .5 else choose(rng, MODALITIES[1:])
     return [question(f'Is this {what}?', 'yes' if what == MODALITIES[0] else 'no', 'MODALITY')]
 
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #1ae0df1d
 def ask(
     seed:int, # of the study set
     index:int, # the study's number
@@ -148,6 +167,7 @@ def ask(
 ) -> list: # of dicts: question, answer, answer_type, question_type
     "The questions of a study"
     rng = address(seed, index, ASK)
-    out = ask_presence(rng, findings, another(rng, seed, a.hospital)[1])
-    for topic in TOPICS: out += ask_about(rng, topic, seed, a.hospital, a.view, findings)
+    others = [(seed, int(n), a.hospital) for n in rng.integers(FAR, size=TRIES)]
+    out = ask_presence(rng, findings, another(*others[0])[1])
+    for topic in TOPICS: out += ask_about(rng, topic, a.view, findings, others)
     return out + ask_modality(rng)

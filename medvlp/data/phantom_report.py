@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['OUTSIDE_IN', 'HEART_FIRST', 'LUNGS_FIRST', 'WRITERS', 'SIZE', 'DEGREE', 'BULK', 'BREAK', 'LEADS', 'GRADE_WORDS',
-           'PHRASES', 'MEASURES', 'LATERAL', 'REGION', 'STATE', 'HEDGE', 'CHANGE', 'RESOLVED', 'REMOVED', 'SHORT',
-           'ABSENT', 'DENY', 'DENY_ONE', 'DENY_TWO', 'VIEWS', 'HEART', 'RATIO', 'CLEAR', 'ANGLES', 'CONTOUR', 'BONES',
-           'GRAVITY', 'MATTERS', 'NORMAL', 'NO_ACUTE', 'STEADY', 'HARMLESS', 'SPELLING', 'HEADING', 'measure', 'change',
-           'facts', 'labels', 'Writer', 'ranking', 'pick', 'mark', 'unmark', 'where', 'phrase', 'sentence', 'gone',
-           'tell', 'tell_two', 'tell_all', 'listing', 'deny', 'denials', 'technique', 'structures', 'brief',
-           'impression', 'mistype', 'finish', 'Report', 'body', 'arrange', 'write_report', 'report_of']
+           'PHRASES', 'MEASURES', 'REGION', 'STATE', 'HEDGE', 'CHANGE', 'RESOLVED', 'REMOVED', 'SHORT', 'ABSENT',
+           'DENY', 'DENY_ONE', 'DENY_TWO', 'VIEWS', 'HEART', 'RATIO', 'CLEAR', 'ANGLES', 'CONTOUR', 'BONES', 'GRAVITY',
+           'MATTERS', 'NORMAL', 'NO_ACUTE', 'STEADY', 'HARMLESS', 'SPELLING', 'HEADING', 'measure', 'change', 'facts',
+           'labels', 'Writer', 'ranking', 'pick', 'mark', 'unmark', 'where', 'phrase', 'sentence', 'gone', 'tell',
+           'tell_two', 'tell_all', 'listing', 'deny', 'denials', 'technique', 'structures', 'brief', 'impression',
+           'mistype', 'finish', 'Report', 'body', 'arrange', 'write_report', 'report_of']
 
 # %% ../../nbs/1_data/07_phantom_report.ipynb #9156b452
 import re, zlib
@@ -20,7 +20,7 @@ from .chest import FILM_MM, Anatomy, heart_ratio
 from .phantom import TEXT, address, draw_numbers
 from .signs import FINDINGS, GRADES, Finding, big_ctr, nodule_radius, tube_height
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #02e7af84
+# %% ../../nbs/1_data/07_phantom_report.ipynb #a9154ed6
 def measure(
     a:Anatomy, # the film the finding is seen on
     f:Finding,
@@ -30,6 +30,7 @@ def measure(
     if f.name == 'cardiomegaly': return f'{heart_ratio(a, big_ctr(f)):.2f}'
     return f'{tube_height(f):.1f} cm' if f.name == 'tube' else ''
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #1929217a
 def change(
     now:Finding,
     before:Finding|None, # the same finding on the previous visit
@@ -64,7 +65,7 @@ def labels(
     sure = {n: [f.certain for f in findings if f.name == n] for n in FINDINGS}
     return {n: 0 if not s else 1 if any(s) else -1 for n, s in sure.items()}
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #821dcee0
+# %% ../../nbs/1_data/07_phantom_report.ipynb #7c5e5bff
 @dataclass(frozen=True)
 class Writer:
     "Who writes: words by `name`, habits by the rest; shares are probabilities"
@@ -79,6 +80,7 @@ class Writer:
     joins:float # share of findings told two to a sentence
     typos:float # share of harmless words that are mistyped
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #e4de299b
 OUTSIDE_IN = ('technique', 'devices', 'bones', 'pleura', 'lungs', 'mediastinum', 'heart')
 HEART_FIRST = ('technique', 'heart', 'mediastinum', 'lungs', 'pleura', 'bones', 'devices')
 LUNGS_FIRST = ('technique', 'lungs', 'pleura', 'heart', 'mediastinum', 'devices', 'bones')
@@ -91,13 +93,14 @@ WRITERS = (
     Writer('B3', 'B', 'prose', ('any',), True, .55, .7, .6, .5, .006),
 )
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #dc8c9def
+# %% ../../nbs/1_data/07_phantom_report.ipynb #aa8e30cd
 @lru_cache(None)
 def ranking(writer:str, options:tuple) -> tuple[np.ndarray, np.ndarray]:
     "A writer's order of some phrasings, and the probability of each place in it"
     rng, p = np.random.default_rng(zlib.crc32(f'{writer}{options}'.encode())), .5 ** np.arange(len(options))
     return rng.permutation(len(options)), np.cumsum(p / p.sum())
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #d91040e5
 def pick(rng:np.random.Generator, writer:Writer, options:tuple) -> str:
     "One of several phrasings, a favourite of the writer's more often"
     order, steps = ranking(writer.name, tuple(options))
@@ -111,7 +114,7 @@ BREAK = dict(small=('minor', 'undisplaced'), moderate=('moderate', 'moderately d
 LEADS = dict(single=('single-lead', 'single-chamber'), dual=('dual-lead', 'dual-chamber'))
 GRADE_WORDS = dict(effusion=SIZE, consolidation=SIZE, pneumothorax=SIZE, nodule=BULK, mass=BULK, granuloma=BULK, hernia=BULK, fracture=BREAK, pacemaker=LEADS)
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #e7ab7988
+# %% ../../nbs/1_data/07_phantom_report.ipynb #9bf7e858
 PHRASES = dict(
     effusion=('a {g} {side} pleural effusion', 'a {g} {side}-sided effusion', 'a {g} pleural effusion on the {side}', '{g} {side} pleural fluid', 'blunting of the {side} costophrenic angle by a {g} effusion'),
     consolidation=('a {g} area of consolidation {within}', '{g} {at} consolidation', '{g} airspace consolidation {within}', 'a {g} airspace opacity {within}', '{g} {at} consolidation with air bronchograms'),
@@ -131,14 +134,17 @@ PHRASES = dict(
     line=('a {side} central venous line', 'a {side} central venous catheter', 'a {side}-sided central line', 'a central venous catheter from the {side}'),
     wires=('*sternal wires', '*median sternotomy wires', '*midline sternal wires'),
 )
+
+# %% ../../nbs/1_data/07_phantom_report.ipynb #065f92d0
 MEASURES = dict(nodule=(' of {}', ' measuring {}'), mass=(' of {}', ' measuring {}'), granuloma=(' of {}', ' measuring {}'),
     cardiomegaly=(' with a cardiothoracic ratio of {}', ' with a ratio of {}'), tube=(' with its tip {} above the carina', ' ending {} above the carina'))
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #c6a04d1b
+# %% ../../nbs/1_data/07_phantom_report.ipynb #6cd2e96a
 def mark(name:str, value:int, text:str) -> str:
     "A phrase that claims (1), hedges (-1) or denies (0) a finding"
     return f'<{FINDINGS.index(name)}:{value}>{text}</>'
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #5c56376d
 def unmark(text:str) -> tuple[str, list]: # plain text, [(name, value, start, end)] in characters
     "Take the marks out and keep their places"
     out, spans = '', []
@@ -148,10 +154,10 @@ def unmark(text:str) -> tuple[str, list]: # plain text, [(name, value, start, en
         out += m[3] if m else part
     return out, spans
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #c114fc1c
-LATERAL = ('pleura', 'lungs', 'bones') # regions with a right and a left
+# %% ../../nbs/1_data/07_phantom_report.ipynb #431095b3
 REGION = {n: 'lungs' for n in FINDINGS} | dict(effusion='pleura', pneumothorax='pleura', cardiomegaly='heart', hernia='mediastinum', fracture='bones') | {n: 'devices' for n in ('pacemaker', 'tube', 'line', 'wires')}
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #cc7d55f2
 def where(f:dict) -> dict: # what the places of a noun phrase are filled with
     "A fact's side and zone in words"
     both, zone = f['side'] == 'both', f['zone'] or ('basal' if f['name'] == 'atelectasis' else '')
@@ -161,6 +167,7 @@ def where(f:dict) -> dict: # what the places of a noun phrase are filled with
     return dict(side=side, at=f'{side} {zone}' + ' zone' * (zone not in ('', 'basal')), within=within.replace('in both bases', 'at both bases').replace(f'in the {side} base', f'at the {side} base'),
         lungs='both lungs' if both else f'the {side} lung')
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #4bd9539e
 def phrase(
     rng:np.random.Generator, w:Writer,
     f:dict, # a fact
@@ -173,30 +180,36 @@ def phrase(
     article, noun = re.fullmatch(r'(an? |\*?)(.*)', ' '.join(text.split())).groups()
     return article.replace('an ', 'a '), mark(f['name'], 1 if f['certain'] else -1, noun)
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #503b7008
+# %% ../../nbs/1_data/07_phantom_report.ipynb #9d7c9cb6
 STATE = dict(prose=('There {be} {a}{x}.', '{a}{x} {be} seen.', '{a}{x} {be} present.', '{x}.', '{a}{x} {be} noted.', 'The film shows {a}{x}.'), terse=('{x}.',))
 HEDGE = dict(prose=('Possible {x}.', 'There may be {a}{x}.', '{a}{x} cannot be excluded.', 'Appearances could represent {a}{x}.', '{a}{x} {be} suspected.', 'Suspected {x}.'), terse=('Query {x}.', 'Possible {x}.', 'Questionable {x}.'))
+
+# %% ../../nbs/1_data/07_phantom_report.ipynb #6df40a5b
 CHANGE = dict(
     new=('New {x}.', '{a}{x} {be} new since the previous study.', 'Interval appearance of {a}{x}.', '{a}{x}, not present on the previous film.'),
     unchanged=('Unchanged {x}.', 'No change in the {x}.', '{a}{x} {be} stable since the previous study.', '{a}{x}, as before.', 'Stable {x}.'),
     larger=('Interval increase of {a}{x}.', '{a}{x}, larger than before.', '{a}{x}, increased since the previous study.', '{a}{x}, which has progressed.'),
     smaller=('Interval decrease of {a}{x}.', '{a}{x}, smaller than before.', '{a}{x}, decreased since the previous study.', '{a}{x}, partly resolved since the last film.'),
 )
+
+# %% ../../nbs/1_data/07_phantom_report.ipynb #7f636b11
 RESOLVED = ('The previously seen {x} has resolved.', 'Interval resolution of the {x}.', 'The {x} is no longer seen.', 'No residual {x}.', 'The {x} of the previous study has cleared.')
 REMOVED = ('The {x} has been removed.', 'Interval removal of the {x}.', 'The previous {x} is no longer present.')
 SHORT = dict(effusion='{side} pleural effusion', consolidation='{at} consolidation', atelectasis='{at} atelectasis', oedema='pulmonary oedema', pneumothorax='{side} pneumothorax', cardiomegaly='cardiomegaly', nodule='{at} nodule', mass='{at} mass',
     emphysema='emphysema', fracture='{side} rib fracture', scarring='{at} scarring', granuloma='{at} granuloma', hernia='hiatal hernia', pacemaker='pacemaker', tube='endotracheal tube', line='{side} central line', wires='sternal wires')
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #82c1a252
+# %% ../../nbs/1_data/07_phantom_report.ipynb #01bc1fe3
 def sentence(frame:str, article:str, noun:str) -> str:
     "A noun phrase in its frame"
     return frame.format(a=article.replace('*', ''), x=noun, be='are' if article == '*' else 'is')
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #b88865f8
 def gone(rng:np.random.Generator, w:Writer, f:dict) -> str:
     "A sentence about what was there before"
     noun = ' '.join(SHORT[f['name']].format(**where(f)).split())
     return sentence(pick(rng, w, REMOVED if REGION[f['name']] == 'devices' else RESOLVED), '', mark(f['name'], 0, noun))
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #cfb2cc6e
 def tell(rng:np.random.Generator, w:Writer, f:dict) -> str:
     "A sentence about one fact"
     if f['change'] == 'resolved': return gone(rng, w, f)
@@ -206,7 +219,7 @@ def tell(rng:np.random.Generator, w:Writer, f:dict) -> str:
     else: frames = STATE[form]
     return sentence(pick(rng, w, frames), *phrase(rng, w, f))
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #8889a2aa
+# %% ../../nbs/1_data/07_phantom_report.ipynb #2910b06f
 def tell_two(rng:np.random.Generator, w:Writer, f:dict, g:dict) -> str:
     "One sentence about two facts that are certain"
     if f['name'] == g['name'] == 'effusion' and {f['side'], g['side']} == {'right', 'left'}:
@@ -215,6 +228,7 @@ def tell_two(rng:np.random.Generator, w:Writer, f:dict, g:dict) -> str:
     (a, x), (b, y) = (phrase(rng, w, h) for h in (f, g))
     return sentence(STATE['prose'][0], a, f'{x} and {b.replace("*", "")}{y}')
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #3f5cc287
 def tell_all(rng:np.random.Generator, w:Writer, found:list) -> list:
     "Sentences about the facts of one region"
     out, found = [], list(found)
@@ -224,37 +238,41 @@ def tell_all(rng:np.random.Generator, w:Writer, found:list) -> list:
         out.append(tell_two(rng, w, f, found.pop(0)) if pair and rng.random() < w.joins else tell(rng, w, f))
     return out
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #05ae672a
+# %% ../../nbs/1_data/07_phantom_report.ipynb #f9025f73
 ABSENT = dict( # name -> how often a thorough writer says that it is absent, and in which words
     effusion=(1., ('pleural effusion', 'effusion')), pneumothorax=(1., ('pneumothorax',)), consolidation=(.9, ('focal consolidation', 'consolidation', 'airspace consolidation')),
     oedema=(.7, ('pulmonary oedema', 'vascular congestion')), nodule=(.45, ('pulmonary nodule', 'suspicious nodule')), mass=(.4, ('mass', 'mass lesion')), atelectasis=(.35, ('atelectasis',)),
     fracture=(.35, ('rib fracture', 'displaced fracture')), cardiomegaly=(.15, ('cardiomegaly',)), emphysema=(.1, ('emphysema',)), scarring=(.1, ('scarring',)),
     granuloma=(.05, ('granuloma',)), hernia=(.1, ('hiatal hernia',)), pacemaker=(.1, ('pacemaker', 'implanted cardiac device')), tube=(.08, ('endotracheal tube',)), line=(.08, ('central venous line',)), wires=(.05, ('sternal wires',)))
-DENY = dict(prose=('No {or}.', 'There is no {or}.', 'No evidence of {or}.', 'Negative for {or}.', 'Without {or}.', 'No radiographic sign of {or}.'), terse=('No {or}.', 'Neg for {or}.'))
+
+# %% ../../nbs/1_data/07_phantom_report.ipynb #3ab4020e
+DENY = dict(prose=('No {or}.', 'There is no {or}.', 'No evidence of {or}.', 'Negative for {or}.', 'The film is free of {or}.', 'No radiographic sign of {or}.'), terse=('No {or}.', 'Neg for {or}.'))
 DENY_ONE, DENY_TWO = ('{} is not seen.', 'There is no {}.', '{} is absent.', 'No {}.'), ('Neither {} nor {} is seen.', 'No {}, no {}.', '{} and {} are absent.', 'No {} or {}.')
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #fadd2dd5
 def listing(words:list) -> str:
     "`a, b or c`"
     return ' or '.join(filter(None, [', '.join(words[:-1]), words[-1]]))
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #f1d9f1c3
 def deny(rng:np.random.Generator, w:Writer, words:list) -> str:
     "A sentence that denies one to three things"
     if w.form != 'terse' and len(words) < 3 and rng.random() < .4: return pick(rng, w, (DENY_ONE, DENY_TWO)[len(words) - 1]).format(*words)
     return pick(rng, w, DENY['terse' if w.form == 'terse' else 'prose']).replace('{or}', listing(words))
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #f7ca9e8e
 def denials(rng:np.random.Generator, w:Writer, absent:list) -> list: # of (region, sentence)
     "Sentences about some of what is absent, by region; under headings each region keeps its own"
     words = [(REGION[k], mark(k, 0, pick(rng, w, ABSENT[k][1]))) for k in absent if rng.random() < ABSENT[k][0] * w.thorough]
-    if w.form != 'headed': words = [('lungs', words[i][1]) for i in rng.permutation(len(words))]
-    out = []
+    words = [words[i] if w.form == 'headed' else ('lungs', words[i][1]) for i in rng.permutation(len(words))]
+    words, out = sorted(words, key=lambda word: word[0]), []
     while words:
-        n = int(rng.integers(1, 4))
-        group = [t for r, t in words[:n] if r == words[0][0]]
+        group = [t for r, t in words[:int(rng.integers(1, 4))] if r == words[0][0]]
         out.append((words[0][0], deny(rng, w, group)))
         words = words[len(group):]
     return out
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #e4ffe272
+# %% ../../nbs/1_data/07_phantom_report.ipynb #874f321f
 VIEWS = ('{} view of the chest.', 'Frontal {} radiograph.', 'Single {} projection.', '{} chest film.')
 def technique(rng:np.random.Generator, w:Writer, a:Anatomy, prior) -> list:
     "Sentences about view, comparison, breath, rotation and exposure"
@@ -267,6 +285,7 @@ def technique(rng:np.random.Generator, w:Writer, a:Anatomy, prior) -> list:
     if abs(a.exposure) > .045: out.append(pick(rng, w, ('The film is mildly {}penetrated.', 'Slightly {}penetrated film.')).format(dark))
     return out
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #7128c088
 HEART = ('Heart size is normal.', 'Normal heart size.', 'The cardiac silhouette is within normal limits.', 'The heart is not enlarged.', 'Heart size within normal limits.')
 RATIO = ('Normal heart size with a cardiothoracic ratio of {}.', 'Cardiothoracic ratio {}, normal.', 'The cardiothoracic ratio is {}, within normal limits.')
 CLEAR = ('The lungs are clear.', 'Clear lungs.', 'Both lungs are clear.', 'The lung fields are clear.', 'The lungs are well aerated and clear.')
@@ -274,6 +293,7 @@ ANGLES = ('The costophrenic angles are sharp.', 'Sharp costophrenic angles.', 'T
 CONTOUR = ('Mediastinal contours are normal.', 'The mediastinum is unremarkable.', 'Normal mediastinal contours.', 'Hilar and mediastinal contours are unremarkable.')
 BONES = ('The bones are intact.', 'The visualised skeleton is unremarkable.', 'Osseous structures are intact.', 'Skeleton unremarkable.')
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #73f35c44
 def structures(rng:np.random.Generator, w:Writer, a:Anatomy, names:set) -> list: # of (region, sentence)
     "Sentences about heart, mediastinum, lungs, pleura and bones, each only where `names` leaves it normal"
     region, out = {REGION[n] for n in names}, []
@@ -287,13 +307,14 @@ def structures(rng:np.random.Generator, w:Writer, a:Anatomy, names:set) -> list:
     if 'effusion' not in names: say('pleura', .35 * w.thorough, ANGLES)
     return out
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #cada284c
+# %% ../../nbs/1_data/07_phantom_report.ipynb #ce95323d
 GRAVITY = ('pneumothorax', 'mass', 'oedema', 'consolidation', 'effusion', 'fracture', 'nodule', 'atelectasis', 'cardiomegaly', 'emphysema', 'hernia', 'scarring', 'granuloma', 'tube', 'line', 'pacemaker', 'wires')
 MATTERS = set(GRAVITY[:10])
 NORMAL = ('Normal chest radiograph.', 'Unremarkable study.', 'No radiographic abnormality.', 'Normal study.', 'Normal appearances.')
 NO_ACUTE = ('No acute cardiopulmonary abnormality.', 'No acute findings.', 'No acute disease.', 'No acute abnormality in the chest.', 'Nothing acute.')
 STEADY = ('No interval change.', 'Unchanged appearances.', 'Stable chest.', 'No significant change since the previous study.')
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #897e1f94
 def brief(rng:np.random.Generator, w:Writer, f:dict, dry:bool) -> str:
     "A fact in the impression"
     if f['change'] == 'resolved': return gone(rng, w, f)
@@ -303,6 +324,7 @@ def brief(rng:np.random.Generator, w:Writer, f:dict, dry:bool) -> str:
     told = f['change'] if rng.random() < w.compares else ''
     return pick(rng, w, dict(new=('New {x}.', '{x}, new.'), unchanged=('Stable {x}.', 'Unchanged {x}.', '{x}, unchanged.'), larger=('Increasing {x}.', '{x}, larger.'), smaller=('Decreasing {x}.', '{x}, smaller.')).get(told, ('{x}.',))).format(x=x)
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #791c5611
 def impression(rng:np.random.Generator, w:Writer, said:list) -> list:
     "Sentences of the impression"
     present = sorted((f for f in said if f['change'] != 'resolved'), key=lambda f: GRAVITY.index(f['name']))
@@ -314,16 +336,18 @@ def impression(rng:np.random.Generator, w:Writer, said:list) -> list:
     if present and all(f['change'] == 'unchanged' for f in said) and rng.random() < w.compares: out.append(pick(rng, w, STEADY))
     return out
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #4440dc53
+# %% ../../nbs/1_data/07_phantom_report.ipynb #4f209894
 HARMLESS = r'\b(chest|radiograph|projection|previous|comparison|contours|silhouette|inspiration|unremarkable|skeleton|appearances|available|visuali[sz]ed|structures|prominent|cardiothoracic|mildly|rotated|satisfactory)\b'
 SPELLING = dict(oedema='edema', visualised='visualized')
-HEADING = dict(technique='Film', heart='Heart', mediastinum='Mediastinum', lungs='Lungs', pleura='Pleura', bones='Bones', devices='Devices')
+HEADING = dict(technique='View', heart='Heart', mediastinum='Mediastinum', lungs='Lungs', pleura='Pleura', bones='Bones', devices='Devices')
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #b8b8eb2d
 def mistype(rng:np.random.Generator, word:str) -> str:
     "Two inner letters swapped, or one left out"
     i = int(rng.integers(1, len(word) - 2))
     return word[:i] + (word[i+1] + word[i] + word[i+2:] if rng.random() < .5 else word[i+1:])
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #739ed776
 def finish(rng:np.random.Generator, w:Writer, sentences:list) -> str: # marked text
     "Sentences to text: `an` before vowels, capitals, the writer's spelling and typing"
     def capital(s): return re.sub(r'^((?:\w+: )?(?:<[^>]*>)?)(\w)', lambda m: m[1] + m[2].upper(), re.sub(r'\b([Aa]) (?=(?:<[^>]*>)?[aeiouE])', r'\1n ', s))
@@ -333,7 +357,7 @@ def finish(rng:np.random.Generator, w:Writer, sentences:list) -> str: # marked t
         if w.american: text = re.sub(british, american, re.sub(british.capitalize(), american.capitalize(), text))
     return ''.join(p if p.startswith('<') else re.sub(HARMLESS, lambda m: mistype(rng, m[0]) if rng.random() < w.typos else m[0], p) for p in re.split(r'(<\d+:-?\d>.*?</>)', text))
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #663bffbb
+# %% ../../nbs/1_data/07_phantom_report.ipynb #2a6d1410
 @dataclass(frozen=True)
 class Report:
     "The words of one study"
@@ -342,6 +366,7 @@ class Report:
     writer:str # name of the `Writer`
     spans:tuple # of dicts: label, value (1, 0, -1), section, start, end in characters of the section
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #8640b816
 def body(rng:np.random.Generator, w:Writer, a:Anatomy, said:list, prior) -> list: # of (region, sentence)
     "All sentences of the findings section, in no order yet"
     names = {f['name'] for f in said if f['change'] != 'resolved'}
@@ -350,6 +375,7 @@ def body(rng:np.random.Generator, w:Writer, a:Anatomy, said:list, prior) -> list
     for region in HEADING: out += [(region, s) for s in tell_all(rng, w, [f for f in told if REGION[f['name']] == region])]
     return out + structures(rng, w, a, names) + denials(rng, w, [n for n in FINDINGS if n not in names])
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #32052bbe
 def arrange(rng:np.random.Generator, w:Writer, sentences:list) -> list:
     "Sentences in the writer's order of regions, shuffled within each; with headings where the writer has them"
     order = w.order if w.order != ('any',) else ('technique', *rng.permutation(HEART_FIRST[1:]))
@@ -357,7 +383,7 @@ def arrange(rng:np.random.Generator, w:Writer, sentences:list) -> list:
     parts = [(r, p if r == 'technique' else [p[i] for i in rng.permutation(len(p))]) for r, p in parts if p]
     return [f'{HEADING[r]}: {s}' if w.form == 'headed' and not i else s for r, p in parts for i, s in enumerate(p)]
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #4a0a46ae
+# %% ../../nbs/1_data/07_phantom_report.ipynb #8003b607
 def write_report(
     rng:np.random.Generator,
     a:Anatomy, # with its view and hospital
@@ -373,6 +399,7 @@ def write_report(
     spans = tuple(dict(label=n, value=v, section=k, start=s, end=e) for k, (_, marks) in texts.items() for n, v, s, e in marks)
     return Report(texts['findings'][0], texts['impression'][0], w.name, spans)
 
+# %% ../../nbs/1_data/07_phantom_report.ipynb #0200b0a4
 def report_of(seed:int, index:int, hospital:str|None=None) -> Report:
     "The report of study `index` of the set `seed`"
     _, _, a, findings, prior = draw_numbers(seed, index, hospital)

@@ -27,7 +27,7 @@ def split_of(seed:int, patient:int) -> str: # train, val or test
     rank = address(seed, ten, SPLIT).permutation(10)[place]
     return 'train' if rank < 7 else 'val' if rank == 7 else 'test'
 
-# %% ../../nbs/1_data/10_phantom_set.ipynb #389b0531
+# %% ../../nbs/1_data/10_phantom_set.ipynb #02a4b7d0
 def words_row(
     seed:int,
     index:int, # the study's number
@@ -43,6 +43,7 @@ def words_row(
         facts=json.dumps(facts(a, findings, prior)), spans=json.dumps(report.spans), questions=json.dumps(ask(seed, index, a, findings)),
         writer=report.writer, generator=f'phantom {GENERATOR}, seed {seed}')
 
+# %% ../../nbs/1_data/10_phantom_set.ipynb #786c9cda
 def study_row(
     seed:int,
     p:Phantom, # from `draw_study` with this seed
@@ -59,7 +60,7 @@ def mask_image(p:Phantom) -> np.ndarray: # [H,W] uint8
     for name, m in sorted(p.masks.items(), key=lambda item: -item[1].sum()): out[m] = FINDINGS.index(name) + 1
     return out
 
-# %% ../../nbs/1_data/10_phantom_set.ipynb #a7f9bd38
+# %% ../../nbs/1_data/10_phantom_set.ipynb #20b3af26
 CARD = """# Phantom chest radiographs
 
 Phantom: drawn, not patients. Generator: phantom {generator}, seed {seed}, of medvlp {version}:
@@ -80,10 +81,12 @@ Phantom: drawn, not patients. Generator: phantom {generator}, seed {seed}, of me
 Scores on phantoms tell whether code works and how methods differ on a toy. They say nothing about patients.
 """
 
+# %% ../../nbs/1_data/10_phantom_set.ipynb #85d5d2ba
 def tally(values:pd.Series) -> str:
     "`name count, name count`"
     return ', '.join(f'{k} {n}' for k, n in values.value_counts(sort=False).sort_index().items())
 
+# %% ../../nbs/1_data/10_phantom_set.ipynb #2af121fe
 def equal_reports(table:pd.DataFrame) -> pd.Series: # [N] bool
     "Which studies share their report word by word with another one"
     return (table.findings + '\n' + table.impression).duplicated(keep=False)
@@ -102,7 +105,7 @@ def data_card(
         numbers=', '.join(f'{i} {k}' for i, k in enumerate(FINDINGS, 1)), rows=rows, normal=none.sum(), normal_share=none.mean(), distinct=1 - (table.findings + '\n' + table.impression).duplicated().mean(),
         equal=equal.sum(), equal_share=equal.mean(), grave=(equal & grave).sum())
 
-# %% ../../nbs/1_data/10_phantom_set.ipynb #8fe24149
+# %% ../../nbs/1_data/10_phantom_set.ipynb #3fa762d6
 HOSPITALS = 'A', 'B'
 
 def empty(folder:Path) -> None:
@@ -111,6 +114,7 @@ def empty(folder:Path) -> None:
         (folder/place).mkdir(parents=True, exist_ok=True)
         for old in (folder/place).glob(f's[0-9]*.{kind}'): old.unlink()
 
+# %% ../../nbs/1_data/10_phantom_set.ipynb #6cfaeeca
 def write_study_set(
     folder:str|Path, # earlier phantoms in it are replaced
     n_studies:int=1200, # how many
