@@ -43,14 +43,14 @@ PSEUDO = (r'no (?:\w+ )?(?:change|increase|decrease|progression|improvement)|(?:
     r'|not (?:present|seen|visible|there) (?:on|at|in) (?:the )?(?:previous|prior|last|earlier)|not (?:previously|formerly) (?:present|seen|visible)|not (?:seen|present) (?:previously|before)'
     r'|(?:part(?:ly|ially)|incompletely|nearly|almost) (?:resolved|cleared)|(?:partial|incomplete) (?:resolution|clearing)|not (?:yet )?(?:resolved|cleared)')
 
-# %% ../../nbs/1_data/08_phantom_labeller.ipynb #30ac7940
+# %% ../../nbs/1_data/08_phantom_labeller.ipynb #80d40b68
 CUES = ( # kind, direction, words; earlier lines win where two overlap
-    ('uncertain', 'back', r'(?:can ?not|could not|not) (?:be )?(?:\w+ )?(?:excluded|ruled out)|(?:is|are|was|were) (?:suspected|possible|questioned|questionable|equivocal|likely)|to be considered|in question'),
+    ('uncertain', 'back', r'(?:can ?not|could not|not) (?:be )?(?:\w+ )?(?:excluded|ruled out)|(?:is|are|was|were) (?:suspected|possible|questioned|questionable|equivocal|likely)|to be considered|in question|possible(?=[.,;]|$)'),
     ('uncertain', 'on', r'can ?not (?:exclude|rule out)|possibl[ey]|probabl[ey]|likely|quer(?:y|ies)|question(?:able)?(?: of)?|suspected|suspicion of|suspicious for|concern(?:ing)? for|may|might|could|perhaps|equivocal|suggest\w*|versus|vs'),
     ('gone', 'back', r'(?:has|have|had)(?: \w+)? (?:resolved|cleared|disappeared|been removed)|(?:is|are|was|were) (?:no longer|gone|resolved|cleared|removed)'),
     ('gone', 'on', r'resolution of|clearing of|removal of|no longer|no residual|former|history of'),
     ('negated', 'back', r'(?:is|are|was|were)? ?not (?:seen|identified|present|evident|visible|demonstrated|detected|appreciated)|(?:is|are) (?:absent|excluded)|(?:is|are|been) ruled out'),
-    ('negated', 'on', r'no|not|without|neither|nor|negative for|neg for|neg|free of|absence of|absent|rules? out|excludes?|denies|never'),
+    ('negated', 'on', r'no|not|without|neither|nor|negative for|neg for|neg|(?:clear|free) (?:of|from)|absence of|absent|rules? out|excludes?|denies|never'),
 )
 _pseudo, _cues = re.compile(rf'\b(?:{PSEUDO})\b'), [(kind, way, re.compile(rf'\b(?:{words})\b')) for kind, way, words in CUES]
 
@@ -70,8 +70,8 @@ def find_cues(
         sentence = cue.sub(blank, sentence)
     return out
 
-# %% ../../nbs/1_data/08_phantom_labeller.ipynb #be412c04
-_break = re.compile(r'\b(?:but|however|although|though|except|apart from|aside from|which|whereas|while|yet|there)\b|[:;]'
+# %% ../../nbs/1_data/08_phantom_labeller.ipynb #3d7f34f8
+_break = re.compile(r'\b(?:but|however|although|though|except|apart from|aside from|which|whereas|while|yet|there)\b|[:;]|\bwith (?=(?:persist\w+|residual|remaining|new|stable|unchanged)\b)'
     r'|,\s*(?:(?:and|with|now|also) )*(?=(?:an?|the|this|these|it|is|are|there|new|stable|unchanged|increas\w+|decreas\w+|larger|smaller|small|minor|tiny|mild|slight|moderate\S*|medium\S*|large|extensive|severe|marked|massive|single\S*|dual\S*|known|definite)\b)')
 
 # %% ../../nbs/1_data/08_phantom_labeller.ipynb #9da1d6e8
