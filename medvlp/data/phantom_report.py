@@ -15,8 +15,9 @@ from fastcore.script import call_parse
 from PIL import Image
 from tqdm import tqdm
 from .. import __version__
-from .phantom import (FILM_MM, FINDINGS, SPLIT, TEXT, Anatomy, Phantom,
-    address, big_ctr, draw_study, heart_ratio, nodule_radius)
+from .chest import FILM_MM, Anatomy, heart_ratio
+from .phantom import SPLIT, TEXT, Phantom, address, draw_study
+from .signs import FINDINGS, big_ctr, nodule_radius
 
 # %% ../../nbs/1_data/05_phantom_report.ipynb #5c1adba0
 SIZE = dict(small=('small', 'minor'), moderate=('moderate', 'moderate-sized'), large=('large', 'extensive'))
