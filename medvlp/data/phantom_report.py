@@ -11,14 +11,14 @@ __all__ = ['OUTSIDE_IN', 'HEART_FIRST', 'LUNGS_FIRST', 'WRITERS', 'SIZE', 'DEGRE
            'tell_two', 'tell_all', 'listing', 'deny', 'denials', 'technique', 'structures', 'brief', 'impression',
            'mistype', 'finish', 'Report', 'body', 'arrange', 'write_report', 'report_of']
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #9156b452
+# %% ../../nbs/1_data/07_phantom_report.ipynb #b5522a9a
 import re, zlib
 import numpy as np
 from dataclasses import dataclass
 from functools import lru_cache
 from .chest import FILM_MM, Anatomy, heart_ratio
 from .phantom import TEXT, address, draw_numbers
-from .signs import FINDINGS, GRADES, Finding, big_ctr, nodule_radius, tube_height
+from .signs import DEVICES, FINDINGS, GRADES, Finding, big_ctr, nodule_radius, reshape, tube_height
 
 # %% ../../nbs/1_data/07_phantom_report.ipynb #a9154ed6
 def measure(
@@ -154,8 +154,8 @@ def unmark(text:str) -> tuple[str, list]: # plain text, [(name, value, start, en
         out += m[3] if m else part
     return out, spans
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #431095b3
-REGION = {n: 'lungs' for n in FINDINGS} | dict(effusion='pleura', pneumothorax='pleura', cardiomegaly='heart', hernia='mediastinum', fracture='bones') | {n: 'devices' for n in ('pacemaker', 'tube', 'line', 'wires')}
+# %% ../../nbs/1_data/07_phantom_report.ipynb #cc4af4aa
+REGION = {n: 'lungs' for n in FINDINGS} | dict(effusion='pleura', pneumothorax='pleura', cardiomegaly='heart', hernia='mediastinum', fracture='bones') | {n: 'devices' for n in DEVICES}
 
 # %% ../../nbs/1_data/07_phantom_report.ipynb #cc7d55f2
 def where(f:dict) -> dict: # what the places of a noun phrase are filled with
@@ -272,14 +272,14 @@ def denials(rng:np.random.Generator, w:Writer, absent:list) -> list: # of (regio
         words = words[len(group):]
     return out
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #874f321f
+# %% ../../nbs/1_data/07_phantom_report.ipynb #05d8ee72
 VIEWS = ('{} view of the chest.', 'Frontal {} radiograph.', 'Single {} projection.', '{} chest film.')
-def technique(rng:np.random.Generator, w:Writer, a:Anatomy, prior) -> list:
+def technique(rng:np.random.Generator, w:Writer, a:Anatomy, names:set, prior) -> list:
     "Sentences about view, comparison, breath, rotation and exposure"
     turn, dark = ('left' if a.rotation > 0 else 'right'), ('over' if a.exposure > 0 else 'under')
     out = [pick(rng, w, VIEWS + (('Portable {} radiograph.', 'Bedside {} film.') if a.view == 'AP' else ('Erect {} radiograph.', 'Upright {} film.'))).format(a.view)]
     if rng.random() < w.compares * .5: out.append(pick(rng, w, ('No previous study for comparison.', 'No previous film is available.') if prior is None else ('Compared with the previous study.', 'Comparison with the previous radiograph.', 'The last film is available for comparison.')))
-    if a.inspiration < -.4: out.append(pick(rng, w, ('Low lung volumes.', 'The lung volumes are low.', 'Shallow inspiration.')))
+    if a.inspiration < -.4 and 'emphysema' not in names: out.append(pick(rng, w, ('Low lung volumes.', 'The lung volumes are low.', 'Shallow inspiration.')))
     elif rng.random() < w.thorough * .4: out.append(pick(rng, w, ('Deep inspiration.', 'Full inspiration.') if a.inspiration > .6 else ('Adequate inspiration.', 'Good inspiration.', 'Satisfactory inspiration.')))
     if abs(a.rotation) > .5: out.append(pick(rng, w, ('The patient is mildly rotated to the {}.', 'Mild rotation to the {}.', 'Slightly rotated to the {}.')).format(turn))
     if abs(a.exposure) > .045: out.append(pick(rng, w, ('The film is mildly {}penetrated.', 'Slightly {}penetrated film.')).format(dark))
@@ -366,12 +366,12 @@ class Report:
     writer:str # name of the `Writer`
     spans:tuple # of dicts: label, value (1, 0, -1), section, start, end in characters of the section
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #8640b816
+# %% ../../nbs/1_data/07_phantom_report.ipynb #e1de1c22
 def body(rng:np.random.Generator, w:Writer, a:Anatomy, said:list, prior) -> list: # of (region, sentence)
     "All sentences of the findings section, in no order yet"
     names = {f['name'] for f in said if f['change'] != 'resolved'}
     told = [f for f in said if f['change'] != 'resolved' or rng.random() < w.compares]
-    out = [('technique', s) for s in technique(rng, w, a, prior)]
+    out = [('technique', s) for s in technique(rng, w, a, names, prior)]
     for region in HEADING: out += [(region, s) for s in tell_all(rng, w, [f for f in told if REGION[f['name']] == region])]
     return out + structures(rng, w, a, names) + denials(rng, w, [n for n in FINDINGS if n not in names])
 
@@ -383,7 +383,7 @@ def arrange(rng:np.random.Generator, w:Writer, sentences:list) -> list:
     parts = [(r, p if r == 'technique' else [p[i] for i in rng.permutation(len(p))]) for r, p in parts if p]
     return [f'{HEADING[r]}: {s}' if w.form == 'headed' and not i else s for r, p in parts for i, s in enumerate(p)]
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #8003b607
+# %% ../../nbs/1_data/07_phantom_report.ipynb #99a3c857
 def write_report(
     rng:np.random.Generator,
     a:Anatomy, # with its view and hospital
@@ -393,8 +393,8 @@ def write_report(
 ) -> Report:
     "A report in words of the numbers a study was drawn from"
     w = writer or [v for v in WRITERS if v.hospital == a.hospital][rng.integers(3)]
-    said = facts(a, findings, prior)
-    sections = dict(findings=arrange(rng, w, body(rng, w, a, said, prior)), impression=impression(rng, w, said))
+    said, shown = facts(a, findings, prior), reshape(a, findings) # as emphysema narrows the heart
+    sections = dict(findings=arrange(rng, w, body(rng, w, shown, said, prior)), impression=impression(rng, w, said))
     texts = {k: unmark(finish(rng, w, v)) for k, v in sections.items()}
     spans = tuple(dict(label=n, value=v, section=k, start=s, end=e) for k, (_, marks) in texts.items() for n, v, s, e in marks)
     return Report(texts['findings'][0], texts['impression'][0], w.name, spans)
