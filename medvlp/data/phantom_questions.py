@@ -73,27 +73,27 @@ class Topic:
     open:tuple # phrasings that the value answers
     keep:float # how often it is asked where it can be
 
-# %% ../../nbs/1_data/09_phantom_questions.ipynb #58040f0e
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #63f9f220
 def about(name:str) -> list: # of `Topic`
     "Side, zone and extent of a finding"
     x = noun(name)
-    return [Topic('POS', lambda view, fs: only(fs, name, 'side', ('right', 'left')), (f'Is the {x} on the {{}} side?', f'Is the {x} {{}}-sided?'), (f'On which side is the {x}?', f'Which side shows the {x}?'), .6),
-        Topic('POS', lambda view, fs: only(fs, name, 'zone', ZONES), (f'Is the {x} in the {{}} zone?', f'Does the {x} lie in the {{}} zone?'), (f'In which zone is the {x}?', f'Where does the {x} lie: in the upper, mid or lower zone?'), .5),
-        Topic('SIZE', lambda view, fs: only(fs, name, 'grade', GRADES), (f'Is the extent of the {x} {{}}?', f'Would you grade the {x} as {{}}?'), (f'What is the extent of the {x}: small, moderate or large?', f'How would you grade the {x}: small, moderate or large?'), .5)]
+    return [Topic('POS', lambda view, fs: only(fs, name, 'side', ('right', 'left')), (f'Is the {x} on the {{}} side?', f'Is the {x} {{}}-sided?'), (f'On which side is the {x}?', f'Which side shows the {x}?'), .9),
+        Topic('POS', lambda view, fs: only(fs, name, 'zone', ZONES), (f'Is the {x} in the {{}} zone?', f'Does the {x} lie in the {{}} zone?'), (f'In which zone is the {x}?', f'Where does the {x} lie: in the upper, mid or lower zone?'), .9),
+        Topic('SIZE', lambda view, fs: only(fs, name, 'grade', GRADES), (f'Is the extent of the {x} {{}}?', f'Would you grade the {x} as {{}}?'), (f'What is the extent of the {x}: small, moderate or large?', f'How would you grade the {x}: small, moderate or large?'), .9)]
 
-# %% ../../nbs/1_data/09_phantom_questions.ipynb #f5bf0ade
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #1ccb7b6f
 def how_many(what:str, names:tuple) -> Topic:
     "The number of findings of some names"
-    return Topic('COUNT', lambda view, fs: number(fs, names), (f'Is the number of {what} {{}}?',), (f'How many {what} are there?', f'How many {what} can be counted?'), .7)
+    return Topic('COUNT', lambda view, fs: number(fs, names), (f'Is the number of {what} {{}}?',), (f'How many {what} are there?', f'How many {what} can be counted?'), .9)
 
 # %% ../../nbs/1_data/09_phantom_questions.ipynb #b152db24
 def leads(view:str, findings:tuple) -> str|None:
     "The number of a pacemaker's leads"
     return dict(single='one', dual='two').get(only(findings, 'pacemaker', 'grade', ('single', 'dual')))
 
-# %% ../../nbs/1_data/09_phantom_questions.ipynb #30d7f299
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #ba7cba7f
 TOPICS = [t for name in FINDINGS for t in about(name)] + [how_many('devices', DEVICES), how_many('pleural effusions', ('effusion',)),
-    Topic('COUNT', leads, ('Is the number of leads of the pacemaker {}?',), ('How many leads does the pacemaker have?',), .7),
+    Topic('COUNT', leads, ('Is the number of leads of the pacemaker {}?',), ('How many leads does the pacemaker have?',), .9),
     Topic('PLANE', lambda view, fs: view, ('Is the projection {}?', 'Was this film taken as {}?'), ('In which projection was the film taken?', 'Which view is this: PA or AP?'), .6),
     Topic('ABN', lambda view, fs: verdict(fs), ('Is this chest {}?', 'Would you call this radiograph {}?'), ('Is the chest normal or abnormal?',), .5),
     Topic('ABN', lambda view, fs: kind_of(fs, [n for n in FINDINGS if n not in DEVICES]), (), ('What abnormality is seen?', 'What is the main finding?'), .5),
@@ -139,8 +139,8 @@ def ask_about(
 # %% ../../nbs/1_data/09_phantom_questions.ipynb #9f983fa8
 SHOWN = ('Is there evidence of {}?', 'Can {} be seen?', 'Does the film show {}?', 'Does this patient have {}?')
 
-# %% ../../nbs/1_data/09_phantom_questions.ipynb #a0e84ffa
-def ask_presence(rng:np.random.Generator, mine:tuple, theirs:tuple, most:int=3) -> list:
+# %% ../../nbs/1_data/09_phantom_questions.ipynb #ce49d8da
+def ask_presence(rng:np.random.Generator, mine:tuple, theirs:tuple, most:int=2) -> list:
     "Questions whether findings are present, that the two studies answer differently"
     here, there = ({n: bool(certain(fs, n)) for n in FINDINGS if certain(fs, n) or all(f.name != n for f in fs)} for fs in (mine, theirs))
     differ = [n for n in FINDINGS if n in here and n in there and here[n] != there[n]]

@@ -20,10 +20,10 @@ from .chest import FILM_MM, Anatomy, heart_ratio
 from .phantom import TEXT, address, draw_numbers
 from .signs import DEVICES, FINDINGS, GRADES, Finding, big_ctr, nodule_radius, reshape, tube_height
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #a9154ed6
+# %% ../../nbs/1_data/07_phantom_report.ipynb #d5e2c96a
 def measure(
     a:Anatomy, # the film the finding is seen on
-    f:Finding,
+    f:Finding, # of any name
 ) -> str: # '14 mm', '0.58', '4.5 cm', or '' where nothing is measured
     "The measurement that a report may quote: a diameter, the heart's width over the cage's, a tube's height above the carina"
     if f.name in ('nodule', 'mass', 'granuloma'): return f'{2 * nodule_radius(f) * FILM_MM:.0f} mm'
@@ -41,9 +41,9 @@ def change(
     grown = GRADES.index(now.grade) + now.extent - GRADES.index(before.grade) - before.extent
     return 'unchanged' if abs(grown) < .5 else 'larger' if grown > 0 else 'smaller'
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #a91f9ee2
+# %% ../../nbs/1_data/07_phantom_report.ipynb #066e212b
 def facts(
-    a:Anatomy,
+    a:Anatomy, # the film; its view and breath change the heart's ratio
     findings:tuple, # of `Finding`, on this visit
     prior:tuple|None=None, # of the previous visit; None at the first
 ) -> list: # of dicts: name, side, zone, grade, certain, change, measure
@@ -100,8 +100,12 @@ def ranking(writer:str, options:tuple) -> tuple[np.ndarray, np.ndarray]:
     rng, p = np.random.default_rng(zlib.crc32(f'{writer}{options}'.encode())), .5 ** np.arange(len(options))
     return rng.permutation(len(options)), np.cumsum(p / p.sum())
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #d91040e5
-def pick(rng:np.random.Generator, writer:Writer, options:tuple) -> str:
+# %% ../../nbs/1_data/07_phantom_report.ipynb #53cb8b66
+def pick(
+    rng:np.random.Generator, # one draw is taken
+    writer:Writer, # whose favourites count
+    options:tuple, # phrasings
+) -> str:
     "One of several phrasings, a favourite of the writer's more often"
     order, steps = ranking(writer.name, tuple(options))
     return options[order[min(np.searchsorted(steps, rng.random()), len(options) - 1)]]
@@ -139,13 +143,19 @@ PHRASES = dict(
 MEASURES = dict(nodule=(' of {}', ' measuring {}'), mass=(' of {}', ' measuring {}'), granuloma=(' of {}', ' measuring {}'),
     cardiomegaly=(' with a cardiothoracic ratio of {}', ' with a ratio of {}'), tube=(' with its tip {} above the carina', ' ending {} above the carina'))
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #6cd2e96a
-def mark(name:str, value:int, text:str) -> str:
-    "A phrase that claims (1), hedges (-1) or denies (0) a finding"
+# %% ../../nbs/1_data/07_phantom_report.ipynb #a80a7e7d
+def mark(
+    name:str, # one of `FINDINGS`
+    value:int, # 1 claimed, -1 hedged, 0 denied
+    text:str, # the words that say so
+) -> str:
+    "A phrase with what it says about a finding"
     return f'<{FINDINGS.index(name)}:{value}>{text}</>'
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #5c56376d
-def unmark(text:str) -> tuple[str, list]: # plain text, [(name, value, start, end)] in characters
+# %% ../../nbs/1_data/07_phantom_report.ipynb #104247a1
+def unmark(
+    text:str, # with marks
+) -> tuple[str, list]: # plain text, [(name, value, start, end)] in characters
     "Take the marks out and keep their places"
     out, spans = '', []
     for part in re.split(r'(<\d+:-?\d>.*?</>)', text):
@@ -157,8 +167,10 @@ def unmark(text:str) -> tuple[str, list]: # plain text, [(name, value, start, en
 # %% ../../nbs/1_data/07_phantom_report.ipynb #cc4af4aa
 REGION = {n: 'lungs' for n in FINDINGS} | dict(effusion='pleura', pneumothorax='pleura', cardiomegaly='heart', hernia='mediastinum', fracture='bones') | {n: 'devices' for n in DEVICES}
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #cc7d55f2
-def where(f:dict) -> dict: # what the places of a noun phrase are filled with
+# %% ../../nbs/1_data/07_phantom_report.ipynb #c63a4dab
+def where(
+    f:dict, # a fact
+) -> dict: # what the places of a noun phrase are filled with
     "A fact's side and zone in words"
     both, zone = f['side'] == 'both', f['zone'] or ('basal' if f['name'] == 'atelectasis' else '')
     side = 'bilateral' if both else f['side']
@@ -167,10 +179,11 @@ def where(f:dict) -> dict: # what the places of a noun phrase are filled with
     return dict(side=side, at=f'{side} {zone}' + ' zone' * (zone not in ('', 'basal')), within=within.replace('in both bases', 'at both bases').replace(f'in the {side} base', f'at the {side} base'),
         lungs='both lungs' if both else f'the {side} lung')
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #4bd9539e
+# %% ../../nbs/1_data/07_phantom_report.ipynb #ea6cbbf6
 def phrase(
-    rng:np.random.Generator, w:Writer,
-    f:dict, # a fact
+    rng:np.random.Generator,
+    w:Writer,
+    f:dict, # a fact, not one that is resolved
 ) -> tuple: # article ('a ', '' or '*' for a plural), marked noun
     "A finding as a noun phrase"
     text = pick(rng, w, PHRASES[f['name']])
@@ -198,8 +211,12 @@ REMOVED = ('The {x} has been removed.', 'Interval removal of the {x}.', 'The pre
 SHORT = dict(effusion='{side} pleural effusion', consolidation='{at} consolidation', atelectasis='{at} atelectasis', oedema='pulmonary oedema', pneumothorax='{side} pneumothorax', cardiomegaly='cardiomegaly', nodule='{at} nodule', mass='{at} mass',
     emphysema='emphysema', fracture='{side} rib fracture', scarring='{at} scarring', granuloma='{at} granuloma', hernia='hiatal hernia', pacemaker='pacemaker', tube='endotracheal tube', line='{side} central line', wires='sternal wires')
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #01bc1fe3
-def sentence(frame:str, article:str, noun:str) -> str:
+# %% ../../nbs/1_data/07_phantom_report.ipynb #446c1b23
+def sentence(
+    frame:str, # with places for {a}, {x}, {be}
+    article:str, # 'a ', '' or '*' for a plural
+    noun:str, # marked
+) -> str: # marked
     "A noun phrase in its frame"
     return frame.format(a=article.replace('*', ''), x=noun, be='are' if article == '*' else 'is')
 
@@ -272,9 +289,15 @@ def denials(rng:np.random.Generator, w:Writer, absent:list) -> list: # of (regio
         words = words[len(group):]
     return out
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #05d8ee72
+# %% ../../nbs/1_data/07_phantom_report.ipynb #77277c5d
 VIEWS = ('{} view of the chest.', 'Frontal {} radiograph.', 'Single {} projection.', '{} chest film.')
-def technique(rng:np.random.Generator, w:Writer, a:Anatomy, names:set, prior) -> list:
+def technique(
+    rng:np.random.Generator,
+    w:Writer,
+    a:Anatomy, # the film
+    names:set, # of the findings on it
+    prior:tuple|None, # findings of the previous visit; None at the first
+) -> list: # of str
     "Sentences about view, comparison, breath, rotation and exposure"
     turn, dark = ('left' if a.rotation > 0 else 'right'), ('over' if a.exposure > 0 else 'under')
     out = [pick(rng, w, VIEWS + (('Portable {} radiograph.', 'Bedside {} film.') if a.view == 'AP' else ('Erect {} radiograph.', 'Upright {} film.'))).format(a.view)]
@@ -293,8 +316,13 @@ ANGLES = ('The costophrenic angles are sharp.', 'Sharp costophrenic angles.', 'T
 CONTOUR = ('Mediastinal contours are normal.', 'The mediastinum is unremarkable.', 'Normal mediastinal contours.', 'Hilar and mediastinal contours are unremarkable.')
 BONES = ('The bones are intact.', 'The visualised skeleton is unremarkable.', 'Osseous structures are intact.', 'Skeleton unremarkable.')
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #73f35c44
-def structures(rng:np.random.Generator, w:Writer, a:Anatomy, names:set) -> list: # of (region, sentence)
+# %% ../../nbs/1_data/07_phantom_report.ipynb #85ad0283
+def structures(
+    rng:np.random.Generator,
+    w:Writer,
+    a:Anatomy, # as findings have reshaped it
+    names:set, # of the findings
+) -> list: # of (region, sentence)
     "Sentences about heart, mediastinum, lungs, pleura and bones, each only where `names` leaves it normal"
     region, out = {REGION[n] for n in names}, []
     def say(r, share, options, *values): out.extend([(r, pick(rng, w, options).format(*values))] if rng.random() < share else [])
@@ -307,9 +335,9 @@ def structures(rng:np.random.Generator, w:Writer, a:Anatomy, names:set) -> list:
     if 'effusion' not in names: say('pleura', .35 * w.thorough, ANGLES)
     return out
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #ce95323d
+# %% ../../nbs/1_data/07_phantom_report.ipynb #428c848e
 GRAVITY = ('pneumothorax', 'mass', 'oedema', 'consolidation', 'effusion', 'fracture', 'nodule', 'atelectasis', 'cardiomegaly', 'emphysema', 'hernia', 'scarring', 'granuloma', 'tube', 'line', 'pacemaker', 'wires')
-MATTERS = set(GRAVITY[:10])
+MATTERS = GRAVITY[:10]
 NORMAL = ('Normal chest radiograph.', 'Unremarkable study.', 'No radiographic abnormality.', 'Normal study.', 'Normal appearances.')
 NO_ACUTE = ('No acute cardiopulmonary abnormality.', 'No acute findings.', 'No acute disease.', 'No acute abnormality in the chest.', 'Nothing acute.')
 STEADY = ('No interval change.', 'Unchanged appearances.', 'Stable chest.', 'No significant change since the previous study.')
@@ -324,8 +352,12 @@ def brief(rng:np.random.Generator, w:Writer, f:dict, dry:bool) -> str:
     told = f['change'] if rng.random() < w.compares else ''
     return pick(rng, w, dict(new=('New {x}.', '{x}, new.'), unchanged=('Stable {x}.', 'Unchanged {x}.', '{x}, unchanged.'), larger=('Increasing {x}.', '{x}, larger.'), smaller=('Decreasing {x}.', '{x}, smaller.')).get(told, ('{x}.',))).format(x=x)
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #791c5611
-def impression(rng:np.random.Generator, w:Writer, said:list) -> list:
+# %% ../../nbs/1_data/07_phantom_report.ipynb #19d3a8ec
+def impression(
+    rng:np.random.Generator,
+    w:Writer,
+    said:list, # of facts
+) -> list: # of marked sentences
     "Sentences of the impression"
     present = sorted((f for f in said if f['change'] != 'resolved'), key=lambda f: GRAVITY.index(f['name']))
     past = [f for f in said if f['change'] == 'resolved' and f['name'] in MATTERS and rng.random() < w.compares]
@@ -383,9 +415,9 @@ def arrange(rng:np.random.Generator, w:Writer, sentences:list) -> list:
     parts = [(r, p if r == 'technique' else [p[i] for i in rng.permutation(len(p))]) for r, p in parts if p]
     return [f'{HEADING[r]}: {s}' if w.form == 'headed' and not i else s for r, p in parts for i, s in enumerate(p)]
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #99a3c857
+# %% ../../nbs/1_data/07_phantom_report.ipynb #f2881615
 def write_report(
-    rng:np.random.Generator,
+    rng:np.random.Generator, # draws the writer and the words
     a:Anatomy, # with its view and hospital
     findings:tuple=(), # of `Finding`
     prior:tuple|None=None, # findings of the previous visit; None at the first
@@ -399,8 +431,12 @@ def write_report(
     spans = tuple(dict(label=n, value=v, section=k, start=s, end=e) for k, (_, marks) in texts.items() for n, v, s, e in marks)
     return Report(texts['findings'][0], texts['impression'][0], w.name, spans)
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #0200b0a4
-def report_of(seed:int, index:int, hospital:str|None=None) -> Report:
+# %% ../../nbs/1_data/07_phantom_report.ipynb #ce9c8f62
+def report_of(
+    seed:int, # of the study set
+    index:int, # the study's number
+    hospital:str|None=None, # 'A' or 'B' for all patients; drawn if not given
+) -> Report:
     "The report of study `index` of the set `seed`"
     _, _, a, findings, prior = draw_numbers(seed, index, hospital)
     return write_report(address(seed, index, TEXT), a, findings, prior)

@@ -27,12 +27,12 @@ def split_of(seed:int, patient:int) -> str: # train, val or test
     rank = address(seed, ten, SPLIT).permutation(10)[place]
     return 'train' if rank < 7 else 'val' if rank == 7 else 'test'
 
-# %% ../../nbs/1_data/10_phantom_set.ipynb #02a4b7d0
+# %% ../../nbs/1_data/10_phantom_set.ipynb #a43ff3ff
 def words_row(
-    seed:int,
+    seed:int, # of the study set
     index:int, # the study's number
     patient:int, # the patient's number
-    a:Anatomy,
+    a:Anatomy, # with age, sex, view and hospital
     findings:tuple, # of `Finding`
     prior:tuple|None, # findings of the previous visit
 ) -> dict: # the columns that need no picture
