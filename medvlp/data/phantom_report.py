@@ -316,7 +316,7 @@ ANGLES = ('The costophrenic angles are sharp.', 'Sharp costophrenic angles.', 'T
 CONTOUR = ('Mediastinal contours are normal.', 'The mediastinum is unremarkable.', 'Normal mediastinal contours.', 'Hilar and mediastinal contours are unremarkable.')
 BONES = ('The bones are intact.', 'The visualised skeleton is unremarkable.', 'Osseous structures are intact.', 'Skeleton unremarkable.')
 
-# %% ../../nbs/1_data/07_phantom_report.ipynb #85ad0283
+# %% ../../nbs/1_data/07_phantom_report.ipynb #6c1ad198
 def structures(
     rng:np.random.Generator,
     w:Writer,
@@ -332,7 +332,7 @@ def structures(
     if abs(a.scoliosis) > .018: say('bones', 1, ('Mild scoliosis, convex to the {}.', 'Mild {} convex scoliosis.', 'Scoliosis convex to the {}.'), 'left' if a.scoliosis > 0 else 'right')
     elif 'bones' not in region: say('bones', .6 * w.thorough, BONES)
     if not region & {'lungs', 'pleura'}: say('lungs', .4 + .6 * w.thorough, CLEAR)
-    if 'effusion' not in names: say('pleura', .35 * w.thorough, ANGLES)
+    if 'pleura' not in region: say('pleura', .35 * w.thorough, ANGLES)
     return out
 
 # %% ../../nbs/1_data/07_phantom_report.ipynb #428c848e
