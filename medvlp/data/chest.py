@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['FILM_MM', 'SIGN', 'PATIENT', 'FILM', 'HABITS', 'AIR', 'LETTERS', 'soft', 'chord', 'ellipse', 'Anatomy',
-           'draw_anatomy', 'draw_position', 'body_grid', 'on_film', 'turn', 'paint', 'half_width', 'dome', 'wall_depth',
-           'lung_depth', 'heart_ratio', 'silhouette', 'look_up', 'heart_depth', 'heart', 'carina', 'airways', 'aorta',
-           'lung_root', 'vessel_tree', 'lung_markings', 'cloud', 'rib_line', 'bone', 'rib_strokes', 'ribs',
-           'clavicle_line', 'shoulder_strokes', 'spine', 'outline', 'soft_tissue', 'breasts', 'abdomen', 'Chest',
-           'build_chest', 'haze', 'expose', 'grain', 'writing', 'shutter', 'finish', 'radiograph']
+           'draw_anatomy', 'draw_position', 'body_grid', 'on_film', 'turn', 'paint', 'smooth_path', 'half_width',
+           'dome', 'arch', 'wall_at', 'wall_depth', 'lung_depth', 'heart_ratio', 'silhouette', 'look_up', 'heart_depth',
+           'heart', 'carina', 'airways', 'aorta', 'lung_root', 'vessel_tree', 'lung_markings', 'cloud', 'rib_line',
+           'bone', 'rib_strokes', 'ribs', 'clavicle_line', 'shoulder_strokes', 'spine', 'outline', 'soft_tissue',
+           'breasts', 'abdomen', 'Chest', 'build_chest', 'haze', 'expose', 'grain', 'writing', 'shutter', 'finish',
+           'radiograph']
 
-# %% ../../nbs/1_data/04_chest.ipynb #e7d7e833
+# %% ../../nbs/1_data/04_chest.ipynb #d8095a26
 import math
 import numpy as np
 from dataclasses import dataclass, replace
 from PIL import Image, ImageDraw
+from scipy.interpolate import CubicSpline
 from scipy.ndimage import gaussian_filter
 
 # %% ../../nbs/1_data/04_chest.ipynb #6b64c714
@@ -46,7 +48,7 @@ def ellipse(
     p, q = (c*dx + s*dy) / rx, (c*dy - s*dx) / ry
     return (1 - np.sqrt(p*p + q*q)) * min(rx, ry)
 
-# %% ../../nbs/1_data/04_chest.ipynb #bc17cc43
+# %% ../../nbs/1_data/04_chest.ipynb #1d833c11
 FILM_MM = 380 # the film's side in millimetres
 SIGN = dict(right=-1, left=1)
 PATIENT = dict(
@@ -54,7 +56,7 @@ PATIENT = dict(
     lean=(-.05, .05),       # by how much the left half is the narrower
     apex=(.075, .12),       # y of the lungs' tops
     waist=(.56, .64),       # y where the cage is widest
-    dome=(.70, .76),        # y of the right diaphragm's top
+    dome=(.68, .76),        # y of the right diaphragm's top
     lift=(.012, .040),      # how far the left dome lies below the right one
     curve=(.07, .11),       # drop from a dome's top to its costophrenic angle
     ctr=(.40, .47),         # heart width over cage width, without cardiomegaly
@@ -62,13 +64,13 @@ PATIENT = dict(
     waistline=(-1., 1.),    # heart's waist: 1 deep under the pulmonary trunk, -1 straight
     knob=(.024, .046),      # radius of the aortic knob
     hilum=(.13, .22),       # density of the lung roots
-    vessels=(.14, .24),     # density of the vessels that leave them
+    vessels=(.13, .21),     # density of the vessels that leave them
     branch=(0., 6.28),      # where the vessels branch
     spine=(.034, .042),     # half-width of the vertebrae
     scoliosis=(-.028, .028),# how far the spine bows to the left
     spacing=(.062, .070),   # from one rib to the next, at the spine
-    slope=(.13, .22),       # how far a rib falls from back to front
-    bone=(.11, .17),        # density of a rib
+    slope=(.16, .26),       # how far a rib falls from back to front
+    bone=(.10, .16),        # density of a rib
     clavicle=(.16, .20),    # y of the clavicles' inner ends
     shoulder=(-1., 1.),     # 1 high shoulders, -1 low
     breast=(.04, .16),      # density of a woman's breast shadows
@@ -79,16 +81,16 @@ FILM = dict(
     inspiration=(-1., 1.),  # 1 a deep breath, -1 a shallow one
     rotation=(-1., 1.),     # 1 the chest turned to the patient's left, -1 to the right
     roll=(-.05, .05),       # tilt on the film, radians
-    zoom=(.98, 1.13), dx=(-.02, .02), dy=(-.015, .015), # size and place on the film
+    zoom=(.97, 1.20), dx=(-.025, .025), dy=(-.02, .035), # size and place on the film
     exposure=(-.06, .06),   # shift of the film's S-curve
-    contrast=(2.8, 3.5),    # its slope k
+    contrast=(2.0, 3.2),    # its slope k
     grain=(.010, .020),     # standard deviation of the noise, in grey levels 0..1
     scatter=(.10, .30),     # share of the wide haze that is taken out of the film (or, below 0, left in)
     shutter=(-.05, .02),    # width of the unexposed border, none below 0
 )
 
-# %% ../../nbs/1_data/04_chest.ipynb #3867c8c7
-HABITS = dict(A={}, B=dict(exposure=(-.02, .10), contrast=(3.0, 3.7), grain=(.018, .032), scatter=(.42, .62), shutter=(-.04, .04)))
+# %% ../../nbs/1_data/04_chest.ipynb #5c26a0f2
+HABITS = dict(A={}, B=dict(exposure=(-.12, .02), contrast=(1.6, 2.7), grain=(.018, .030), scatter=(.42, .62), shutter=(-.04, .04)))
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -104,7 +106,7 @@ class Anatomy:
     exposure:float=0.; contrast:float=3.4; grain:float=.015; scatter:float=.2; shutter:float=0.
     clear:float=0.; shift:float=0. # what findings do: extra air; mediastinum drawn to the left
 
-# %% ../../nbs/1_data/04_chest.ipynb #5c040aad
+# %% ../../nbs/1_data/04_chest.ipynb #4e1e286d
 def draw_anatomy(
     rng:np.random.Generator,
     hospital:str='A', # a key of `HABITS`
@@ -129,7 +131,7 @@ def draw_position(
     n = {k: float(rng.uniform(*r)) for k,r in (FILM | HABITS[anatomy.hospital]).items()}
     drawn = 'AP' if rng.random() < dict(A=.2, B=.6)[anatomy.hospital] else 'PA'
     view = view or drawn
-    if view == 'AP': n['inspiration'] = .7 * n['inspiration'] - .3
+    if view == 'AP': n['inspiration'] = .65 * n['inspiration'] - .35
     return replace(anatomy, view=view, **n)
 
 # %% ../../nbs/1_data/04_chest.ipynb #544bd88b
@@ -156,14 +158,14 @@ def turn(a:Anatomy, front:float) -> float:
     "How far the chest's rotation moves what lies at `front`, from -1 (back) to 1 (front)"
     return .018 * a.rotation * front
 
-# %% ../../nbs/1_data/04_chest.ipynb #5ec7e4ff
+# %% ../../nbs/1_data/04_chest.ipynb #6efac153
 def paint(
     a:Anatomy,
     size:int, # pixels of the film's side
     strokes:list, # (points [N,2] in the patient, width in film sides, grey 0..1), later ones on top
 ) -> np.ndarray: # [H,W] float32 in 0..1
     "Draw lines of given widths; what is thinner than a line of the canvas is drawn fainter"
-    over = 3 if size <= 320 else 2
+    over = 3 if size < 200 else 2
     n = size * over
     canvas = Image.new('L', (n, n))
     draw = ImageDraw.Draw(canvas)
@@ -173,7 +175,17 @@ def paint(
         draw.line(line, fill=round(255 * grey * min(wide, 1)), width=max(round(wide), 1))
     return np.asarray(canvas.reduce(over), np.float32) / 255
 
-# %% ../../nbs/1_data/04_chest.ipynb #e2fe3109
+# %% ../../nbs/1_data/04_chest.ipynb #b19c581e
+def smooth_path(
+    points:list, # (x, y) in the patient
+    step:int=8, # points drawn for each one given
+) -> np.ndarray: # [N,2]
+    "A smooth curve through points"
+    p = np.asarray(points, float)
+    at = np.concatenate([[0], np.cumsum(np.hypot(*np.diff(p, axis=0).T) ** .5)])
+    return CubicSpline(at, p)(np.linspace(0, at[-1], step * (len(p) - 1) + 1))
+
+# %% ../../nbs/1_data/04_chest.ipynb #32633d77
 def half_width(a:Anatomy, side:str) -> float:
     "Half-width of the rib cage on one side"
     return a.width * (1 - SIGN[side] * a.lean)
@@ -188,19 +200,26 @@ def dome(
     out = (np.float32(u) - .42 * a.width) / (.55 * a.width)
     return top + a.curve * (1 - .3 * a.inspiration) * (.7 + .3 * np.sign(out)) * out**2
 
+def arch(a:Anatomy, y:np.ndarray|float) -> np.ndarray: # 0 at the waist and below, 1 at the apex
+    "How far the rib cage has closed at a height"
+    return (np.maximum(a.waist - y, 0) / (a.waist - a.apex)) ** 1.7
+
+def wall_at(a:Anatomy, side:str, y:float) -> float:
+    "Distance of the chest wall from the midline at a height below the apex"
+    return half_width(a, side) * (.40 + .60 * max(1 - float(arch(a, y)), .04) ** .5)
+
 def wall_depth(a:Anatomy, side:str, u:np.ndarray, y:np.ndarray) -> np.ndarray:
     "Depth inside one half of the rib cage: a blunt arch with upright walls below the waist"
     w = half_width(a, side)
-    rise = np.maximum(a.waist - y, 0) / (a.waist - a.apex)
-    wide = np.abs(u - .40 * w) / (.60 * w)
-    return (1 - np.sqrt(rise**2.3 + wide**2)) * .60 * w
+    wide = (u - .40 * w) / (.60 * w)
+    return (1 - np.sqrt(arch(a, y) + wide * wide)) * .60 * w
 
 def lung_depth(a:Anatomy, side:str, x:np.ndarray, y:np.ndarray) -> np.ndarray:
     "Depth inside a lung: within the cage, beside the spine, above the diaphragm"
     u = SIGN[side] * x
     return np.minimum(np.minimum(wall_depth(a, side, u, y), u - .020), dome(a, side, u) - y)
 
-# %% ../../nbs/1_data/04_chest.ipynb #94e0257d
+# %% ../../nbs/1_data/04_chest.ipynb #a3d0be8c
 def heart_ratio(a:Anatomy, ctr:float) -> float:
     "Heart width over cage width as the film shows it"
     return ctr * (1.07 if a.view == 'AP' else 1.) * (1 - .03 * a.inspiration)
@@ -215,9 +234,11 @@ def silhouette(
     right, left = (1 - a.flank) * w, a.flank * w
     far = foot - .05 - .02 * w # y of the heart's apex
     rs = dict(y=[0, .16, top - .05, top + .08, foot - .52 * w, foot - .40 * w, foot - .25 * w, foot - .10 * w, foot + .04, 1.2],
-              x=[.05, .047, .056 + .010 * old, .054 + .016 * old, .60 * right + .02, .90 * right, right, .97 * right, .80 * right, .5 * right])
-    ls = dict(y=[0, .16, top - .055, top, top + .052, top + .10, .45 * (top + .10) + .55 * far, far, foot + .03, 1.2],
-              x=[.045, .042, .045, .045 + .75 * a.knob, .052, .066 - .006 * a.waistline + .08 * max(w - .36, 0), .78 * left, left, .90 * left, .5 * left])
+              x=[.055, .050, .060 + .010 * old, .058 + .016 * old, .55 * right + .025, .88 * right, right, .96 * right, .80 * right, .5 * right])
+    down = lambda t: top + .11 + t * (far - top - .11)
+    ls = dict(y=[0, .16, top - .06, top - .02, top + .015, top + .06, down(0), down(.3), down(.6), down(.85), far, foot + .03, 1.2],
+              x=[.050, .048, .050, .052 + .70 * a.knob, .050 + .80 * a.knob, .062, .074 - .006 * a.waistline + .08 * max(w - .36, 0),
+                 .60 * left + .025, .88 * left, .98 * left, left, .90 * left, .5 * left])
     y = np.linspace(0, 1.2, 512)
     curve = lambda b: gaussian_filter(np.interp(y, b['y'], b['x']), 8, mode='nearest')
     r, l = curve(rs), curve(ls)
@@ -233,12 +254,12 @@ def heart_depth(a:Anatomy, x:np.ndarray, y:np.ndarray, ctr:float) -> np.ndarray:
     _, r, l = silhouette(a, ctr)
     return np.minimum(x - look_up(r, y), look_up(l, y) - x)
 
-# %% ../../nbs/1_data/04_chest.ipynb #1235f085
+# %% ../../nbs/1_data/04_chest.ipynb #5f9df4f4
 def heart(a:Anatomy, x:np.ndarray, y:np.ndarray, ctr:float) -> np.ndarray:
     "Attenuation of heart and great vessels"
     _, r, l = silhouette(a, ctr)
     r, l = look_up(r, y), look_up(l, y)
-    thick = .20 + .26 * soft(y - .45, .06) + .5 * (ctr - .43) * soft(y - .5, .05)
+    thick = .15 + .06 * soft(y - .50, .08) + .4 * (ctr - .43) * soft(y - .5, .05)
     thick = thick * (1 - soft(y - dome(a, 'left', .12) - .03, .02))
     t = (2*x - r - l) / (l - r)
     return thick * np.sqrt(np.clip(1.03 - t*t, 0, 1)) * soft(np.minimum(x - r, l - x), .0035)
@@ -256,16 +277,16 @@ def airways(a:Anatomy, x:np.ndarray, y:np.ndarray) -> np.ndarray:
     for side, slope in (('right', .80), ('left', 1.5)):
         u = SIGN[side] * (x - cx)
         out = np.maximum(out, chord(.013 - np.abs(u - slope * (y - cy + .012)) / (1 + slope**2)**.5, .013) * soft(u + .004) * soft(.055 - u, .012))
-    return np.maximum(trachea, .7 * out)
+    return np.maximum(trachea, .45 * out)
 
 def aorta(a:Anatomy, x:np.ndarray, y:np.ndarray) -> np.ndarray:
     "Attenuation of the knob and the descending aorta, whose left edge runs down beside the spine"
     top = .33 + .015 * a.inspiration
     edge = turn(a, -.3) + a.shift + .030 + .5 * a.knob + .2 * (a.knob - .024) * np.sin(9 * (y - top))
     knob = chord(ellipse(x, y, turn(a, .3) + a.shift + .045 - .25 * a.knob, top, a.knob, a.knob * 1.1), a.knob)
-    return .10 * knob + .09 * soft(edge - x, .003) * soft(x - edge + .05, .02) * soft(y - top, .015) * soft(.86 - y, .03)
+    return .12 * knob + .09 * soft(edge - x, .003) * soft(x - edge + .05, .02) * soft(y - top, .015) * soft(.86 - y, .03)
 
-# %% ../../nbs/1_data/04_chest.ipynb #6bfd33e0
+# %% ../../nbs/1_data/04_chest.ipynb #df205e72
 def lung_root(a:Anatomy, side:str) -> tuple[float, float]:
     "Distance of a hilum from the midline, and its y: the left one lies higher"
     return .095 + .02 * (side == 'left') + SIGN[side] * turn(a, .3), .47 + .03 * a.inspiration - (.025 if side == 'left' else 0)
@@ -275,18 +296,18 @@ def vessel_tree(a:Anatomy, side:str) -> list: # strokes for `paint`
     rng = np.random.default_rng([int(a.branch * 1e8), side == 'left'])
     (cx, cy), jitter, lean, strokes = lung_root(a, side), rng.normal(0, 1, 2400).tolist(), .16 * a.inspiration, []
     def grow(x, y, angle, width, length, left):
-        line, bend = [(SIGN[side] * x, y)], .20 * jitter.pop()
+        line, bend = [(SIGN[side] * x, y)], .13 * jitter.pop()
         for _ in range(3):
             x, y, angle = x + length / 3 * math.cos(angle), y + length / 3 * math.sin(angle), angle + bend + .12 * jitter.pop()
             line.append((SIGN[side] * x, y))
-        strokes.append((line, width, min(.12 + 90 * width, 1)))
-        if left:
+        strokes.append((line, width, min(.02 + 105 * width, 1)))
+        if left and width > .0022:
             spread, short = .30 + .18 * abs(jitter.pop()), math.exp(.2 * jitter.pop())
             grow(x, y, angle + spread, width * .74, length * .80 * short, left - 1)
             grow(x, y, angle - spread * .8, width * .80, length * .84 / short, left - 1)
-    for angle in np.linspace(-1.5, 1.5, 9).tolist():
+    for angle in np.linspace(-1.5, 1.5, 8).tolist():
         low = (1 + math.sin(angle)) / 2
-        grow(cx - .035 + .010 * jitter.pop(), cy + .05 * math.sin(angle) + .008 * jitter.pop(), angle * (1.02 - lean) + .15 * jitter.pop(),
+        grow(cx - .015 + .012 * jitter.pop(), cy + .05 * math.sin(angle) + .008 * jitter.pop(), angle * (1.02 - lean) + .15 * jitter.pop(),
             (.0065 + .0045 * low) * math.exp(.25 * jitter.pop()), (.075 + .025 * low) * math.exp(.2 * jitter.pop()), 4)
     return sorted(strokes, key=lambda s: s[1])
 
@@ -310,18 +331,16 @@ def cloud(
     coarse = np.random.default_rng(int(abs(seed) * 1e8)).standard_normal((detail, detail), dtype=np.float32)
     return np.asarray(Image.fromarray(coarse).resize((size, size), Image.BICUBIC)) * 1.3
 
-# %% ../../nbs/1_data/04_chest.ipynb #3f17105c
+# %% ../../nbs/1_data/04_chest.ipynb #36b0fcab
 def rib_line(
     a:Anatomy, side:str,
     k:int, # 0 is the first rib
     start:float, end:float, # the piece of theta to draw
 ) -> np.ndarray: # [N,2] points in the patient
     "The middle of a rib, or of a piece of it"
-    t = np.linspace(start, end, 24)
+    t = np.linspace(start, end, 14)
     root, fall = a.apex - .005 + a.spacing * k - .004 * max(2 - k, 0), a.slope * min(.45 + .13 * k, 1.2)
-    w = half_width(a, side)
-    rise = np.clip((a.waist - root - fall / 2) / (a.waist - a.apex), 0, .955)
-    wide = w * (.40 + .60 * (1 - rise**2.3)**.5) + .012
+    wide = wall_at(a, side, root + fall / 2) + .012
     u = .022 + (wide - .022) * np.sin(t)**(.80 + .25 * (t > np.pi/2))
     y = root + fall / 2 * (1 - np.cos(t)) - .018 * np.sin(t)**2 * (t < np.pi/2) - .018 * (t >= np.pi/2) * np.sin(t)**6
     return np.stack([SIGN[side] * u - .010 * a.rotation * np.cos(t), y], 1)
@@ -377,7 +396,7 @@ def spine(a:Anatomy, x:np.ndarray, y:np.ndarray) -> np.ndarray:
     process = np.exp(-((x - a.scoliosis * np.sin(3.1 * y) - turn(a, -1)) / .006)**2 - (dy / .014)**2)
     return (.01 + .30 * a.bone) * body * (1 - .45 * disc) + a.bone * (.35 * pedicle + .35 * process)
 
-# %% ../../nbs/1_data/04_chest.ipynb #88a7fd27
+# %% ../../nbs/1_data/04_chest.ipynb #d95eefc3
 def outline(a:Anatomy) -> np.ndarray:
     "Half-width of neck, shoulders and trunk for y from 0 to 1.2, [512]"
     up, w = -.045 - .03 * a.shoulder, a.width + .055 + .35 * a.girth
@@ -394,7 +413,7 @@ def soft_tissue(a:Anatomy, x:np.ndarray, y:np.ndarray) -> np.ndarray:
     arm = .62 * chord(.085 + .3 * a.girth - np.abs(u - .46 - .10 * (y - .2)), .085) * soft(y - .19 + .03 * a.shoulder, .02)
     body = np.maximum(trunk, arm) + .55 * np.minimum(trunk, arm) * soft(y - .25, .05)
     body = body * (1 + .9 * a.girth)
-    return body + breasts(a, x, y) + abdomen(a, x, y)
+    return body + breasts(a, x, y) * soft(body - .1, .02) + abdomen(a, x, y)
 
 def breasts(a:Anatomy, x:np.ndarray, y:np.ndarray) -> np.ndarray:
     "Attenuation of the breasts, densest towards their lower border"
@@ -413,7 +432,7 @@ def abdomen(a:Anatomy, x:np.ndarray, y:np.ndarray) -> np.ndarray:
     stomach = chord(ellipse(x, y, cx, cy, .035 + .045 * a.bubble, .018 + .022 * a.bubble, -.25), .02)
     return solid - (.06 + .26 * a.bubble) * stomach
 
-# %% ../../nbs/1_data/04_chest.ipynb #d020e6d3
+# %% ../../nbs/1_data/04_chest.ipynb #5dbd7d72
 AIR = .66 # attenuation that a full depth of lung takes away
 
 @dataclass(frozen=True)
@@ -425,33 +444,40 @@ class Chest:
     air:np.ndarray # 0..1, how much of a pixel's way is aerated lung
     marks:np.ndarray # attenuation of hila and vessels
     base:np.ndarray # attenuation of everything but the air
+    body:np.ndarray # coverage of the body; outside it nothing stands before the film
 
-# %% ../../nbs/1_data/04_chest.ipynb #52232444
+# %% ../../nbs/1_data/04_chest.ipynb #9c3af197
 def build_chest(a:Anatomy, size:int) -> Chest:
     "All layers of a chest without findings"
     x, y = body_grid(a, size)
     depth = {s: lung_depth(a, s, x, y) for s in SIGN}
-    tall = (.62 + .38 * np.clip((y - a.apex) / .30, 0, 1)) * (1 + a.clear)
-    air = sum(chord(d, .12) * (1 - .10 * SIGN[s] * a.rotation) for s,d in depth.items()) * tall
+    beside = 1 - .48 * soft(heart_depth(a, x, y, a.ctr), .004) # the heart leaves less room for the lungs
+    tall = (.62 + .38 * np.clip((y - a.apex) / .30, 0, 1)) * (1 + a.clear) * np.clip(np.abs(x) / .14 - .1, 0, 1) ** .7
+    air = sum(chord(d, .12) * (1 - .10 * SIGN[s] * a.rotation) for s,d in depth.items()) * tall * beside
     inside = sum(soft(d) for d in depth.values())
-    behind = 1 - .5 * soft(heart_depth(a, x, y, a.ctr), .02)
-    marks = (lung_markings(a, x, y) + .016 * cloud(a.branch, size, 72) + .014 * cloud(a.branch + 1, size, 30)) * inside * behind
-    bones = ribs(a, size) + 1.25 * a.bone * paint(a, size, shoulder_strokes(a)) + spine(a, x, y)
-    centre = heart(a, x, y, a.ctr) + aorta(a, x, y) - .30 * airways(a, x, y)
-    return Chest(a, x, y, depth, air, marks, soft_tissue(a, x, y) + bones + marks + centre)
+    marks = (lung_markings(a, x, y) + .016 * cloud(a.branch, size, 72) + .014 * cloud(a.branch + 1, size, 30)) * inside * beside
+    bones, centre, flesh = ribs(a, size) + 1.25 * a.bone * paint(a, size, shoulder_strokes(a)), heart(a, x, y, a.ctr), soft_tissue(a, x, y)
+    near = np.flatnonzero((np.abs(x) < .12).any(0)) # columns of the film where spine, aorta and windpipe may lie
+    m = np.s_[:, near[0]:near[-1] + 1]
+    bones[m] += spine(a, x[m], y[m])
+    centre[m] += aorta(a, x[m], y[m]) - .30 * airways(a, x[m], y[m])
+    body = soft(flesh - .1, .03)
+    return Chest(a, x, y, depth, air, marks, flesh + bones * body + marks + centre, body)
 
-# %% ../../nbs/1_data/04_chest.ipynb #6c5d1c4c
+# %% ../../nbs/1_data/04_chest.ipynb #da89dc3f
 def haze(a:Anatomy, mu:np.ndarray) -> np.ndarray:
     "The wide blur [H,W] of a healthy chest's attenuation"
     small = Image.fromarray(mu).reduce(max(len(mu) // 64, 1))
     wide = gaussian_filter(np.asarray(small), .14 * small.size[0], mode='nearest')
     return np.asarray(Image.fromarray(wide).resize(mu.shape[::-1], Image.BICUBIC))
 
-def expose(a:Anatomy, mu:np.ndarray, veil:np.ndarray) -> np.ndarray:
+def expose(c:Chest, mu:np.ndarray, veil:np.ndarray) -> np.ndarray:
     "The film's S-curve: attenuation [H,W], less its share of haze, to grey in 0..1"
-    level = .52 + a.exposure
-    k = a.contrast * (1 + .8 * a.scatter)
-    return 1 / (1 + np.exp(-k * (mu - level - .9 * a.girth - a.scatter * (veil - level))))
+    a = c.anatomy
+    level = .42 + a.exposure
+    k = a.contrast * (1 + .6 * a.scatter)
+    film = 1 / (1 + np.exp(-k * (mu - level - .9 * a.girth - a.scatter * (veil - level))))
+    return film * c.body
 
 # %% ../../nbs/1_data/04_chest.ipynb #6c605600
 LETTERS = dict(L=[[(0, 0), (0, 1), (.6, 1)]], R=[[(0, 1), (0, 0), (.45, 0), (.6, .12), (.6, .38), (.45, .5), (0, .5)], [(.25, .5), (.6, 1)]],
@@ -488,9 +514,9 @@ def finish(
     film = (film + grain(a, veil, rng)) * shutter(a, x, y)
     return np.clip(np.maximum(film, .95 * writing(a, len(x))), 0, 1)
 
-# %% ../../nbs/1_data/04_chest.ipynb #37857365
+# %% ../../nbs/1_data/04_chest.ipynb #699bdd0c
 def radiograph(c:Chest, rng:np.random.Generator) -> np.ndarray:
     "The film [H,W] of a chest without findings, the patient's right on the film's left"
     mu = c.base - AIR * c.air
     veil = haze(c.anatomy, mu)
-    return finish(c.anatomy, expose(c.anatomy, mu, veil), veil, c.x, c.y, rng)
+    return finish(c.anatomy, expose(c, mu, veil), veil, c.x, c.y, rng)

@@ -120,7 +120,7 @@ def draw_numbers(
     findings = chronic + draw_acute(visit, a, chronic, tuple(f for f in prior or () if f not in chronic))
     return patient, a.hospital, draw_position(visit, a, draw_view(visit, a, findings)), findings, prior
 
-# %% ../../nbs/1_data/06_phantom.ipynb #133e5e3c
+# %% ../../nbs/1_data/06_phantom.ipynb #b5499d9c
 @dataclass(frozen=True)
 class Scene:
     "A chest with its findings drawn, ready to be superposed with or without one of them"
@@ -144,7 +144,7 @@ def film_of(
     if without is not None and s.findings[without].name in RESHAPING:
         kept = tuple(f for i, f in enumerate(s.findings) if i != without)
         c = build_chest(reshape(s.anatomy, kept), len(c.x))
-    return expose(s.anatomy, superpose(c, rest), s.veil)
+    return expose(c, superpose(c, rest), s.veil)
 
 def changes(s:Scene) -> tuple[np.ndarray, list]: # the film, and [H,W] absolute change of each finding
     "The film of a scene, and what each of its findings changes in it"

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['FINDINGS', 'DEVICES', 'GRADES', 'ZONES', 'ZONED', 'RESHAPING', 'SHADOWS', 'Finding', 'graded', 'zone_of', 'strength',
-           'place', 'big_ctr', 'collapse', 'reshape', 'effusion', 'consolidation', 'atelectasis', 'septal_lines',
-           'oedema', 'pneumothorax', 'nodule_radius', 'ball', 'fracture', 'scarring', 'hernia', 'pacemaker',
-           'tube_height', 'tube', 'central_line', 'wires', 'shadows', 'superpose', 'attenuation']
+           'place', 'big_ctr', 'collapse', 'reshape', 'superpose', 'effusion', 'consolidation', 'atelectasis',
+           'septal_lines', 'oedema', 'pneumothorax', 'nodule_radius', 'ball', 'fracture', 'scarring', 'hernia',
+           'pacemaker', 'tube_height', 'tube', 'central_line', 'wires', 'shadows']
 
-# %% ../../nbs/1_data/05_signs.ipynb #5ef5cb64
+# %% ../../nbs/1_data/05_signs.ipynb #c8ad5cd8
 import numpy as np
 from dataclasses import dataclass, replace
 from scipy.ndimage import gaussian_filter
-from .chest import (AIR, FILM_MM, SIGN, Anatomy, Chest, airways, bone, build_chest, carina, chord, cloud, dome,
-    ellipse, half_width, heart_ratio, lung_root, paint, rib_line, silhouette, soft, turn, wall_depth)
+from .chest import (AIR, FILM_MM, SIGN, Anatomy, Chest, bone, build_chest, carina, chord, cloud, dome,
+    ellipse, lung_root, paint, rib_line, silhouette, smooth_path, soft, turn, wall_at, wall_depth)
 
 # %% ../../nbs/1_data/05_signs.ipynb #f7d9b8d8
 FINDINGS = ('effusion', 'consolidation', 'atelectasis', 'oedema', 'pneumothorax', 'cardiomegaly', 'nodule', 'mass', 'emphysema',
@@ -52,21 +52,18 @@ def strength(f:Finding) -> float:
     "How plainly a finding shows: 1 if certain"
     return 1. if f.certain else .65
 
-# %% ../../nbs/1_data/05_signs.ipynb #f240e6e3
+# %% ../../nbs/1_data/05_signs.ipynb #8e21ceb4
 def place(
     a:Anatomy,
     f:Finding, # its side, u and v count
 ) -> tuple[float, float]: # x, y in the patient
     "Where a finding's centre lies"
-    w = half_width(a, f.side)
     foot = dome(a, f.side, .42 * a.width)
     y = a.apex + .03 + f.v * (foot - a.apex - .03)
     inner = .05 + (.75 if f.side == 'left' else .15) * a.width * a.ctr * np.clip((y - .45) / .15, 0, 1)
-    rise = max(a.waist - y, 0) / (a.waist - a.apex)
-    outer = .40 * w + .60 * w * (1 - rise**2.3)**.5
-    return SIGN[f.side] * float(inner + f.u * (outer - inner)), float(y)
+    return SIGN[f.side] * float(inner + f.u * (wall_at(a, f.side, y) - inner)), float(y)
 
-# %% ../../nbs/1_data/05_signs.ipynb #6cf4bc4e
+# %% ../../nbs/1_data/05_signs.ipynb #df92424f
 def big_ctr(f:Finding) -> float:
     "Heart width over cage width of a cardiomegaly"
     return graded(f, .54, .58, .63, .69) - (0 if f.certain else .02)
@@ -87,10 +84,17 @@ def reshape(
             a = replace(a, dome=a.dome + .055*s, curve=a.curve * (1 - .55*s), ctr=a.ctr * (1 - .14*s), clear=.22*s, vessels=a.vessels * (1 - .45*s))
         if f.name == 'atelectasis':
             rise, right = collapse(f), f.side == 'right'
-            a = replace(a, dome=a.dome - rise * right, lift=a.lift + rise * (1 if right else -1), shift=a.shift + SIGN[f.side] * max(.35 * rise - .006, 0))
+            a = replace(a, dome=a.dome - rise * right, lift=a.lift + rise * (1 if right else -1), shift=a.shift + SIGN[f.side] * max(.35 * rise - .016, 0))
     return a
 
 RESHAPING = ('cardiomegaly', 'emphysema', 'atelectasis')
+
+# %% ../../nbs/1_data/05_signs.ipynb #d855759c
+def superpose(c:Chest, drawn:list) -> np.ndarray:
+    "Summed attenuation [H,W] of a chest and of shadows, one (fill, add) a finding"
+    air, mu = c.air, c.base
+    for fill, add in drawn: air, mu = air * (1 - fill), mu + add
+    return mu - AIR * air
 
 # %% ../../nbs/1_data/05_signs.ipynb #f9c33f8f
 def effusion(c:Chest, f:Finding):
@@ -104,39 +108,41 @@ def effusion(c:Chest, f:Finding):
     inside = strength(f) * soft(c.depth[f.side], .003)
     return np.maximum(.92 * fluid, layer) * inside, .04 * fluid * inside
 
-# %% ../../nbs/1_data/05_signs.ipynb #b7edee76
+# %% ../../nbs/1_data/05_signs.ipynb #857d3abd
 def consolidation(c:Chest, f:Finding):
     "A ragged patch of filled lung, with dark airways in it"
     a, r, size = c.anatomy, graded(f, .060, .080, .110, .150), len(c.x)
     cx, cy = place(a, f)
-    ragged = cloud(f.u + f.extent, size, 20) + .6 * cloud(f.v + f.extent, size, 44)
-    patch = soft(ellipse(c.x, c.y, cx, cy, r, 1.15 * r) + .14 * r * ragged, .022) * soft(c.depth[f.side])
+    ragged = cloud(f.u + f.extent, size, 16) + .4 * cloud(f.v + f.extent, size, 40)
+    patch = soft(ellipse(c.x, c.y, cx, cy, r, 1.15 * r) + .13 * r * ragged, .15 * r + .012) * soft(c.depth[f.side])
     hx, hy = lung_root(a, f.side)
     far = np.array([cx, cy]) + .8 * (np.array([cx, cy]) - (SIGN[f.side] * hx, hy))
     open_ = paint(a, size, [([(SIGN[f.side] * hx, hy), (cx + d * .25 * r, cy - d * .2 * r), far + d * np.array([.5, -.35]) * r], .0065, .8) for d in (-1.6, -.2, 1.2)])
-    return strength(f) * graded(f, .62, .70, .80, .88) * patch * (1 - .55 * gaussian_filter(open_, .002 * size)) * (1 + .10 * ragged).clip(.5, 1.1), 0
+    return strength(f) * graded(f, .62, .70, .80, .88) * patch * (1 - .38 * gaussian_filter(open_, .003 * size)) * (1 + .08 * ragged).clip(.5, 1.1), 0
 
-# %% ../../nbs/1_data/05_signs.ipynb #faf5273e
+# %% ../../nbs/1_data/05_signs.ipynb #ce2cf28e
 def atelectasis(c:Chest, f:Finding):
     "Plate-like bands over a dense base"
     a, inside, s = c.anatomy, soft(c.depth[f.side]), SIGN[f.side]
     floor, n = dome(a, f.side, .42 * a.width), 1 + GRADES.index(f.grade)
     x0 = .5 * a.width + .1 * a.width * (f.u - .5)
     half = graded(f, .075, .095, .115, .135)
-    lines = [([(s * (x0 - half), floor - .03 - .032*k - .03*f.v), (s * x0, floor - .036 - .032*k), (s * (x0 + half), floor - .02 - .03*k + .05*f.v)], .0115 - .001*k, 1.) for k in range(n)]
-    bands = gaussian_filter(paint(a, len(c.x), lines), .0025 * len(c.x))
+    lines = []
+    for k in range(n):
+        wide, base, tilt = half * (1 - .22*k), floor - .028 - .037*k, .025 * np.sin(5*k + 9*f.extent) + .05 * (f.v - .4)
+        lines.append((smooth_path([(s * (x0 - wide + .03*k), base - tilt), (s * (x0 + .01*k), base - .008), (s * (x0 + wide), base + tilt)]), .0125 - .0025*k, 1. - .15*k))
+    bands = gaussian_filter(paint(a, len(c.x), lines), .0040 * len(c.x))
     dense = soft(c.y - floor + .05 + .04 * n, .03) * np.exp(-((s * c.x - x0) / (1.3 * half))**2)
-    return strength(f) * graded(f, .22, .32, .45, .60) * dense * inside, .30 * strength(f) * bands * inside
+    return strength(f) * graded(f, .25, .35, .48, .62) * dense * inside, .24 * strength(f) * bands * inside
 
-# %% ../../nbs/1_data/05_signs.ipynb #9e72a49e
+# %% ../../nbs/1_data/05_signs.ipynb #6b8d654e
 def septal_lines(a:Anatomy) -> list: # strokes
     "Short level lines that touch the chest wall low on both sides"
     lines = []
     for side in SIGN:
         for k in range(7):
             y = .54 + .026 * k
-            rise = max(a.waist - y, 0) / (a.waist - a.apex)
-            wall = half_width(a, side) * (.40 + .60 * (1 - rise**2.3)**.5)
+            wall = wall_at(a, side, y)
             lines.append(([(SIGN[side] * (wall - .005), y), (SIGN[side] * (wall - .045 - .01 * (k % 2)), y - .004)], .0045, 1.))
     return lines
 
@@ -150,18 +156,18 @@ def oedema(c:Chest, f:Finding):
     upper = soft(lung_root(a, 'right')[1] - c.y, .05)
     lungs = soft(np.maximum(c.depth['right'], c.depth['left']))
     lines = gaussian_filter(paint(a, len(c.x), septal_lines(a)), .0015 * len(c.x)) * lungs
-    return s * fog * mottle, s * (c.marks.clip(0) * (1.1 * fog + 1.3 * upper) + .22 * lines + .04 * lungs)
+    return s * fog * mottle, s * (c.marks.clip(0) * (.4 * fog + .8 * upper) + .18 * lines + .05 * lungs)
 
-# %% ../../nbs/1_data/05_signs.ipynb #1ef2d24a
+# %% ../../nbs/1_data/05_signs.ipynb #e3cf257e
 def pneumothorax(c:Chest, f:Finding):
     "A crescent of free air at apex and side; what is left of the lung grows denser"
     a, u, d = c.anatomy, SIGN[f.side] * c.x, c.depth[f.side]
     width = graded(f, .040, .060, .090, .135)
     gap = width * (1 - .75 * np.clip((c.y - a.apex) / (.50 + 2 * width), 0, 1.34)) - wall_depth(a, f.side, u, c.y)
-    free, line = soft(gap, .003) * soft(d, .003), soft(.004 - np.abs(gap), .0015) * soft(d, .003)
-    shrunk = soft(-gap) * soft(d) * (.04 + 2.2 * np.clip(width - .05, 0, 1))
+    free, line = soft(gap, .003) * soft(d, .003), soft(.0045 - np.abs(gap), .0015) * soft(d, .003)
+    shrunk = soft(-gap) * soft(d) * (.08 + 2.2 * max(width - .05, 0))
     s = strength(f)
-    return s * shrunk, s * (.20 * line - free * (.10 + c.marks))
+    return s * shrunk, s * (.22 * line - free * (.17 + c.marks))
 
 # %% ../../nbs/1_data/05_signs.ipynb #c14a7651
 def nodule_radius(f:Finding) -> float:
@@ -181,7 +187,7 @@ def ball(c:Chest, f:Finding):
         shadow = np.maximum(shadow, .22 * gaussian_filter(paint(c.anatomy, size, rays), .002 * size))
     return 0, strength(f) * shadow
 
-# %% ../../nbs/1_data/05_signs.ipynb #727dfc95
+# %% ../../nbs/1_data/05_signs.ipynb #0d99c7de
 def fracture(c:Chest, f:Finding):
     "Steps with callus in one to three ribs"
     a, size, n = c.anatomy, len(c.x), 1 + GRADES.index(f.grade)
@@ -190,40 +196,39 @@ def fracture(c:Chest, f:Finding):
         t, step = .85 + .5 * f.u, np.array([0, .011 + .004 * f.extent])
         whole += bone(rib_line(a, f.side, k, t - .5, t + .5), .022, .92)
         broken += bone(rib_line(a, f.side, k, t - .5, t - .04) - step / 2, .022, .92) + bone(rib_line(a, f.side, k, t + .04, t + .5) + step / 2, .022, .92)
-        x, y = rib_line(a, f.side, k, t, t)[0]
+        x, y = rib_line(a, f.side, k, t, t)[0].tolist()
         knobs = knobs + chord(ellipse(c.x, c.y, x, y, .017, .019), .017)
-    return 0, strength(f) * (a.bone * (paint(a, size, broken) - paint(a, size, whole)) + .24 * knobs)
+    return 0, strength(f) * (a.bone * (paint(a, size, broken) - paint(a, size, whole)) + .32 * knobs)
 
-# %% ../../nbs/1_data/05_signs.ipynb #1400b7d4
+# %% ../../nbs/1_data/05_signs.ipynb #6db87eee
 def scarring(c:Chest, f:Finding):
     "Apical strands and a pleural cap"
     a, s, size = c.anatomy, SIGN[f.side], len(c.x)
     (hx, hy), d = lung_root(a, f.side), c.depth[f.side]
     n, reach = 4 + 2 * GRADES.index(f.grade), graded(f, .45, .60, .75, .9)
-    strands = []
-    for k in range(n):
-        t = k / (n - 1)
-        x0, y0 = .07 + .15 * t, a.apex + .035 + .07 * t * t + .01 * (k % 2)
-        mid = (x0 + .45 * reach * (hx - x0) + .016 * (-1)**k, y0 + .45 * reach * (hy - y0) + .01)
-        end = (x0 + reach * (hx + .03 - x0), y0 + reach * (hy - y0))
-        strands.append(([(s * x0, y0), (s * mid[0], mid[1]), (s * end[0], end[1])], .0055 + .0015 * (k % 3), 1.))
-    web = gaussian_filter(paint(a, size, strands), .0018 * size)
+    strands, rng = [], np.random.default_rng(int(1e8 * f.u))
+    for _ in range(n):
+        t, bow, part, wide = rng.uniform(.1, 1), rng.normal(0, .02), rng.uniform(.5, 1), rng.uniform(.003, .008)
+        x0, y0 = .06 + .15 * t, a.apex + .03 + .08 * t * t + rng.uniform(0, .05)
+        x1, y1 = x0 + part * reach * (hx + .03 - x0), y0 + part * reach * (hy - y0)
+        strands.append((smooth_path([(s * x0, y0), (s * (x0 + x1) / 2 + bow, (y0 + y1) / 2), (s * x1, y1)]), wide, rng.uniform(.5, 1)))
+    web = gaussian_filter(paint(a, size, strands), .0030 * size)
     wall = wall_depth(a, f.side, s * c.x, c.y)
     cap = soft(graded(f, .014, .020, .028, .040) * (1 + .25 * cloud(f.u + f.v, size, 20)) - wall, .004) * soft(a.apex + .12 - c.y, .03)
     patch = soft(a.apex + .17 - c.y, .04) * (.30 + .18 * cloud(f.u + f.extent, size, 40)).clip(0)
     inside = strength(f) * soft(d)
-    return (.55 * cap + graded(f, .3, .5, .7, .9) * patch) * inside, graded(f, .20, .24, .28, .32) * web * inside
+    return (.70 * cap + graded(f, .6, .8, .9, 1.) * patch) * inside, graded(f, .22, .24, .26, .28) * web * inside
 
-# %% ../../nbs/1_data/05_signs.ipynb #589bbdb0
+# %% ../../nbs/1_data/05_signs.ipynb #37a14a6a
 def hernia(c:Chest, f:Finding):
     "A round shadow behind the heart with gas and a level"
     a, r = c.anatomy, graded(f, .048, .058, .072, .090)
     cx, cy = turn(a, -.2) + .02 + .02 * f.u, float(dome(a, 'left', .12)) - .75 * r
     sac, inner = ellipse(c.x, c.y, cx, cy, 1.15 * r, r), ellipse(c.x, c.y, cx, cy - .08 * r, .98 * r, .85 * r)
     gas = chord(inner, .6 * r) * (soft(cy - .05 * r - c.y, .002) if a.view == 'PA' else .7)
-    return 0, strength(f) * (.20 * chord(sac, .5 * r) - .62 * gas)
+    return 0, strength(f) * (.20 * chord(sac, .5 * r) - .50 * gas)
 
-# %% ../../nbs/1_data/05_signs.ipynb #2f697d6a
+# %% ../../nbs/1_data/05_signs.ipynb #06680490
 def pacemaker(c:Chest, f:Finding):
     "A case under the skin of the upper chest, with one or two leads into the heart"
     a, s = c.anatomy, SIGN[f.side]
@@ -234,7 +239,7 @@ def pacemaker(c:Chest, f:Finding):
     leads = [vein + [(-.050 + shift, foot - .15), (-.02 + shift, foot - .075), (.04 + shift, foot - .05), (.105 + shift, foot - .055)]]
     if f.grade == 'dual': leads.append(vein + [(-.060 + shift, foot - .19), (-.075 + shift, foot - .155), (-.065 + shift, foot - .185)])
     tips = [([l[-2], l[-1]], .010, 1.) for l in leads]
-    return 0, 1.0 * case + .75 * paint(a, len(c.x), [(l, .0055, 1.) for l in leads] + tips)
+    return 0, 1.0 * case + .60 * paint(a, len(c.x), [(smooth_path(l), .0055, 1.) for l in leads] + tips)
 
 def tube_height(f:Finding) -> float:
     "How far above the carina an endotracheal tube ends, in cm"
@@ -245,8 +250,8 @@ def tube(c:Chest, f:Finding):
     (x, y), a = carina(c.anatomy), c.anatomy
     tip = y - tube_height(f) * 10 / FILM_MM
     line = np.array([(x + .004, -.1), (x + .003, .3 * tip), (x, tip)])
-    sleeve = [(line, .021, .45), (line, .014, .30), (line + (.006, 0), .0055, 1.)]
-    return 0, .62 * paint(a, len(c.x), sleeve)
+    sleeve = [(line, .022, .40), (line, .015, .22), (line + (.007, 0), .0050, 1.)]
+    return 0, .48 * paint(a, len(c.x), sleeve)
 
 def central_line(c:Chest, f:Finding):
     "A catheter from the neck (`u` below 1/2) or from under the clavicle to the superior vena cava"
@@ -256,7 +261,7 @@ def central_line(c:Chest, f:Finding):
     enter = [(s*.085, -.05), (s*.075, .10), (s*.055, .17)] if f.u < .5 else [(s*.30, .26), (s*.20, .205), (s*.12, .185), (s*.06, .20)]
     cross = [(.02, .225)] if f.side == 'left' else []
     path = enter + cross + [cava(v) for v in (.26, .30, .36, .38 + .07 * f.extent)]
-    return 0, .55 * paint(a, len(c.x), [(path, .0075, 1.)])
+    return 0, .40 * paint(a, len(c.x), [(smooth_path(path), .0068, 1.)])
 
 def wires(c:Chest, f:Finding):
     "Five or six twisted loops down the breastbone"
@@ -264,25 +269,15 @@ def wires(c:Chest, f:Finding):
     t = np.linspace(0, 6.28, 14)
     for k in range(5 + (f.extent > .5)):
         x, y = turn(a, 1.) + .006 * np.sin(5*k + 9*f.extent), .25 + .062 * k
-        loops.append((np.stack([x + .024 * np.cos(t), y + .008 * np.sin(t) + .006 * np.cos(t + k)], 1), .0052, 1.))
-        loops.append(([(x - .004, y + .004), (x + .006, y + .013)], .008, 1.))
-    return 0, .60 * paint(a, len(c.x), loops)
+        loops.append((np.stack([x + .022 * np.cos(t), y + .008 * np.sin(t) + .006 * np.cos(t + k)], 1), .0045, 1.))
+        loops.append(([(x - .004, y + .004), (x + .006, y + .013)], .007, 1.))
+    return 0, .55 * paint(a, len(c.x), loops)
 
-# %% ../../nbs/1_data/05_signs.ipynb #e6a31f81
+# %% ../../nbs/1_data/05_signs.ipynb #a66aae98
 SHADOWS = dict(effusion=effusion, consolidation=consolidation, atelectasis=atelectasis, oedema=oedema, pneumothorax=pneumothorax,
     nodule=ball, mass=ball, granuloma=ball, fracture=fracture, scarring=scarring, hernia=hernia,
     pacemaker=pacemaker, tube=tube, line=central_line, wires=wires)
 
 def shadows(c:Chest, findings:tuple) -> list: # one (fill, add) a finding
-    "The shadow of each finding; those that only reshape the chest have none"
+    "The shadow of each finding on a chest that is already of the findings' shape"
     return [SHADOWS[f.name](c, f) if f.name in SHADOWS else (0, 0) for f in findings]
-
-def superpose(c:Chest, drawn:list) -> np.ndarray:
-    "Summed attenuation [H,W] of a chest and of `shadows`"
-    air, mu = c.air, c.base
-    for fill, add in drawn: air, mu = air * (1 - fill), mu + add
-    return mu - AIR * air
-
-def attenuation(c:Chest, findings:tuple=()) -> np.ndarray:
-    "Summed attenuation [H,W] of a chest (already of the findings' shape) with its findings"
-    return superpose(c, shadows(c, findings))
