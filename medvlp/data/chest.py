@@ -48,7 +48,7 @@ def ellipse(
     p, q = (c*dx + s*dy) / rx, (c*dy - s*dx) / ry
     return (1 - np.sqrt(p*p + q*q)) * min(rx, ry)
 
-# %% ../../nbs/1_data/04_chest.ipynb #1d833c11
+# %% ../../nbs/1_data/04_chest.ipynb #dc16fbb5
 FILM_MM = 380 # the film's side in millimetres
 SIGN = dict(right=-1, left=1)
 PATIENT = dict(
@@ -83,14 +83,14 @@ FILM = dict(
     roll=(-.05, .05),       # tilt on the film, radians
     zoom=(.97, 1.20), dx=(-.025, .025), dy=(-.02, .035), # size and place on the film
     exposure=(-.06, .06),   # shift of the film's S-curve
-    contrast=(2.0, 3.2),    # its slope k
+    contrast=(1.9, 2.9),    # its slope k
     grain=(.010, .020),     # standard deviation of the noise, in grey levels 0..1
     scatter=(.10, .30),     # share of the wide haze that is taken out of the film (or, below 0, left in)
     shutter=(-.05, .02),    # width of the unexposed border, none below 0
 )
 
-# %% ../../nbs/1_data/04_chest.ipynb #5c26a0f2
-HABITS = dict(A={}, B=dict(exposure=(-.12, .02), contrast=(1.6, 2.7), grain=(.018, .030), scatter=(.42, .62), shutter=(-.04, .04)))
+# %% ../../nbs/1_data/04_chest.ipynb #991872e3
+HABITS = dict(A={}, B=dict(exposure=(-.12, .02), contrast=(1.5, 2.4), grain=(.016, .028), scatter=(.42, .62), shutter=(-.04, .04)))
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -331,7 +331,7 @@ def cloud(
     coarse = np.random.default_rng(int(abs(seed) * 1e8)).standard_normal((detail, detail), dtype=np.float32)
     return np.asarray(Image.fromarray(coarse).resize((size, size), Image.BICUBIC)) * 1.3
 
-# %% ../../nbs/1_data/04_chest.ipynb #36b0fcab
+# %% ../../nbs/1_data/04_chest.ipynb #4f3577e0
 def rib_line(
     a:Anatomy, side:str,
     k:int, # 0 is the first rib
@@ -355,7 +355,7 @@ def rib_strokes(a:Anatomy, count:int=10) -> tuple[list, list]: # strokes behind,
     for side in SIGN:
         for k in range(count):
             back += bone(rib_line(a, side, k, .05, 1.75), .0200 + .0008 * min(k, 5), .92)
-            if k < 7: front += bone(rib_line(a, side, k, 1.6, 2.55 - .05 * k), .0245, .55)
+            if k < 7: front += bone(rib_line(a, side, k, 1.6, 2.75 - .06 * k), .0245, .50)
     return back, front
 
 def ribs(a:Anatomy, size:int) -> np.ndarray:
