@@ -200,7 +200,7 @@ def fracture(c:Chest, f:Finding):
         knobs = knobs + chord(ellipse(c.x, c.y, x, y, .017, .019), .017)
     return 0, strength(f) * (a.bone * (paint(a, size, broken) - paint(a, size, whole)) + .32 * knobs)
 
-# %% ../../nbs/1_data/05_signs.ipynb #6db87eee
+# %% ../../nbs/1_data/05_signs.ipynb #35b1b264
 def scarring(c:Chest, f:Finding):
     "Apical strands and a pleural cap"
     a, s, size = c.anatomy, SIGN[f.side], len(c.x)
@@ -217,7 +217,7 @@ def scarring(c:Chest, f:Finding):
     cap = soft(graded(f, .014, .020, .028, .040) * (1 + .25 * cloud(f.u + f.v, size, 20)) - wall, .004) * soft(a.apex + .12 - c.y, .03)
     patch = soft(a.apex + .17 - c.y, .04) * (.30 + .18 * cloud(f.u + f.extent, size, 40)).clip(0)
     inside = strength(f) * soft(d)
-    return (.70 * cap + graded(f, .6, .8, .9, 1.) * patch) * inside, graded(f, .22, .24, .26, .28) * web * inside
+    return (.70 * cap + graded(f, .6, .8, .9, 1.) * patch) * inside, graded(f, .26, .28, .30, .32) * web * inside
 
 # %% ../../nbs/1_data/05_signs.ipynb #37a14a6a
 def hernia(c:Chest, f:Finding):
