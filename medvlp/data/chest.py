@@ -409,11 +409,11 @@ def spine(a:Anatomy, x:np.ndarray, y:np.ndarray) -> np.ndarray:
     process = np.exp(-((x - a.scoliosis * np.sin(3.1 * y) - turn(a, -1)) / .006)**2 - (dy / .014)**2)
     return (.01 + .30 * a.bone) * body * (1 - .45 * disc) + a.bone * (.35 * pedicle + .35 * process)
 
-# %% ../../nbs/1_data/04_chest.ipynb #b8dc0deb
+# %% ../../nbs/1_data/04_chest.ipynb #751c1ef5
 def outline(a:Anatomy) -> np.ndarray:
     "Half-width of neck, shoulders and trunk for y from 0 to 1.2, [512]"
-    up, w = -.045 - .03 * a.shoulder, a.width + .055 + .35 * a.girth
-    y = [0, .055, .10 + up, .15 + up, .20 + up, .26 + up, .36, .44, .62, .80, 1.2]
+    up, w = -.085 - .03 * a.shoulder, a.width + .055 + .35 * a.girth
+    y = [0, .030, .10 + up, .15 + up, .20 + up, .26 + up, .36, .44, .62, .80, 1.2]
     u = [.088, .095, .135, .24, .37, .47, .475, w + .012, w, w - .005, w - .02]
     y = np.maximum.accumulate(y) + .001 * np.arange(len(y))
     return gaussian_filter(np.interp(np.linspace(0, 1.2, 512), y, u), 6, mode='nearest')
@@ -423,7 +423,7 @@ def soft_tissue(a:Anatomy, x:np.ndarray, y:np.ndarray) -> np.ndarray:
     u, w = np.abs(x), look_up(outline(a), y)
     depth = .62 + .26 * soft(y - .22, .07) + .12 * soft(y - .80, .06)
     trunk = depth * np.sqrt(np.clip(1 - np.square(u / (w + .02)), 0, 1)) * soft(w - u, .004)
-    arm = .62 * chord(.085 + .3 * a.girth - np.abs(u - .46 - .10 * (y - .2)), .085) * soft(y - .19 + .03 * a.shoulder, .02)
+    arm = .62 * chord(.085 + .3 * a.girth - np.abs(u - .46 - .10 * (y - .2)), .085) * soft(y - .15 + .03 * a.shoulder, .02)
     body = np.maximum(trunk, arm) + .55 * np.minimum(trunk, arm) * soft(y - .25, .05)
     body = body * (1 + .9 * a.girth)
     return body + breasts(a, x, y) * soft(body - .1, .02) + abdomen(a, x, y)

@@ -200,7 +200,7 @@ def fracture(c:Chest, f:Finding):
         knobs = knobs + chord(ellipse(c.x, c.y, x, y, .017, .019), .017)
     return 0, strength(f) * (a.bone * (paint(a, size, broken) - paint(a, size, whole)) + .32 * knobs)
 
-# %% ../../nbs/1_data/05_signs.ipynb #35b1b264
+# %% ../../nbs/1_data/05_signs.ipynb #dd041450
 def scarring(c:Chest, f:Finding):
     "Apical strands and a pleural cap"
     a, s, size = c.anatomy, SIGN[f.side], len(c.x)
@@ -215,9 +215,9 @@ def scarring(c:Chest, f:Finding):
     web = gaussian_filter(paint(a, size, strands), .0030 * size)
     wall = wall_depth(a, f.side, s * c.x, c.y)
     cap = soft(graded(f, .014, .020, .028, .040) * (1 + .25 * cloud(f.u + f.v, size, 20)) - wall, .004) * soft(a.apex + .12 - c.y, .03)
-    patch = soft(a.apex + .17 - c.y, .04) * (.30 + .18 * cloud(f.u + f.extent, size, 40)).clip(0)
+    patch = soft(a.apex + .17 - c.y, .04) * (.40 + .30 * cloud(f.u + f.extent, size, 48)).clip(0, 1)
     inside = strength(f) * soft(d)
-    return (.70 * cap + graded(f, .6, .8, .9, 1.) * patch) * inside, graded(f, .26, .28, .30, .32) * web * inside
+    return (.70 * cap + graded(f, .6, .8, .9, 1.) * patch) * inside, graded(f, .17, .19, .21, .23) * web * inside
 
 # %% ../../nbs/1_data/05_signs.ipynb #37a14a6a
 def hernia(c:Chest, f:Finding):
