@@ -8,11 +8,11 @@ __all__ = ['FINDINGS', 'DEVICES', 'GRADES', 'ZONES', 'ZONED', 'RESHAPING', 'SHAD
            'septal_lines', 'oedema', 'pneumothorax', 'nodule_radius', 'ball', 'fracture', 'scarring', 'hernia',
            'pacemaker', 'tube_height', 'tube', 'central_line', 'wires', 'shadows']
 
-# %% ../../nbs/1_data/05_signs.ipynb #c8ad5cd8
+# %% ../../nbs/1_data/05_signs.ipynb #46d5423f
 import numpy as np
 from dataclasses import dataclass, replace
 from scipy.ndimage import gaussian_filter
-from .chest import (AIR, FILM_MM, SIGN, Anatomy, Chest, bone, build_chest, carina, chord, cloud, dome,
+from .chest import (AIR, FILM_MM, SIGN, Anatomy, Chest, bone, carina, chord, cloud, dome,
     ellipse, lung_root, paint, rib_line, silhouette, smooth_path, soft, turn, wall_at, wall_depth)
 
 # %% ../../nbs/1_data/05_signs.ipynb #f7d9b8d8
