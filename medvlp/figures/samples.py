@@ -92,5 +92,5 @@ def sample_sheet(
     for ax in axes.flat[len(rows):]: ax.axis("off")
     for ax, row in zip(axes.flat, rows): show_study(ax, row, styles, lines=lines)
     handles = [Rectangle((0, 0), 1, 1, label=name, **style) for name, style in styles.items()]
-    if handles: fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2*columns))
+    if handles: fig.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), max(1, 3*columns//2)))
     return fig
