@@ -52,8 +52,9 @@ def save_scores(
 # %% ../../nbs/8_tasks/04_results.ipynb #5e253600
 def load_scores(
     folder:str|Path, # holds TASK/RUN.csv
+    runs, # e.g. ["untrained-0", "convirt-0"]; what else lies there is of another time
 ) -> pd.DataFrame: # in the columns SCORES
-    "All scores below a folder"
-    files = sorted(Path(folder).glob("*/*.csv"))
-    if not files: raise FileNotFoundError(f"{folder}: no scores. Run the probe and retrieve stages first.")
+    "The scores of some runs, all tasks"
+    files = sorted(f for f in Path(folder).glob("*/*.csv") if f.stem in set(runs))
+    if missing := [r for r in runs if r not in {f.stem for f in files}]: raise FileNotFoundError(f"{folder}: no scores of {', '.join(missing)}. Run the probe and retrieve stages first.")
     return pd.concat([pd.read_csv(f) for f in files], ignore_index=True)
