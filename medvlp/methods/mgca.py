@@ -25,7 +25,7 @@ class MgcaConfig(MethodConfig):
     epsilon: float = 0.05               # of Sinkhorn: smaller, harder codes
     iterations: int = 3                 # of Sinkhorn
     attention: str = "learned"          # of Eq. 4; cosine: softmax of cosines, as the released code has it
-    variant: str = "paper"              # official: as the released code
+    variant: str = "paper"              # official: token weights clipped, see tokenwise; that code also has the first two temperatures the other way round: set them
 
 # %% ../../nbs/6_methods/02_mgca.ipynb #30ee0a79
 class TokenProjection(nn.Module):
