@@ -45,13 +45,14 @@ def image_config(
 
 # %% ../../nbs/2_encoders/01_image.ipynb #0a7bade0
 class ImageEncoder(nn.Module):
-    "A timm network that returns `ImageFeatures`; `dim` is its width D"
+    "A timm network that returns `ImageFeatures`; `dim` is the width D of its image vector, `patch_dim` that of its patches"
     def __init__(self,
         name:str="resnet18", # a timm architecture
         image_size:int=224, # pixels of the square it sees
         in_chans:int=1, # 1 for grey; 3 for weights trained on colour: grey is repeated
         mean=(.485, .456, .406), std=(.229, .224, .225), # of the pictures that the weights know, values in 0..1
         saliency:bool=False, # also return the class token's attention
+        patch_stride:int|None=None, # pixels a patch, which names the stage of a convolutional net that patches come from; None: the last
         **options, # handed to timm, e.g. drop_path_rate
     ):
         super().__init__()
@@ -60,8 +61,22 @@ class ImageEncoder(nn.Module):
         self.dim, self.in_chans = self.net.num_features, in_chans
         self.mean, self.std = ([sum(v) / len(v)] if in_chans == 1 else list(v) for v in (mean, std))
         self.prefix = getattr(self.net, "num_prefix_tokens", 0)
-        self.saliency = saliency
+        self.saliency, self.stage = saliency, self.find_stage(name, patch_stride)
+        self.patch_dim = self.dim if self.stage is None else self.stages()[self.stage]["num_chs"]
         if saliency and not (self.prefix and hasattr(self.net, "blocks")): raise ValueError(f"image encoder {name!r} has no class token, hence no saliency. Choose a ViT, or a method that needs none.")
+
+    def stages(self) -> list[dict]: # of every stage: num_chs, reduction, ...
+        "What timm knows of the stages"
+        return list(getattr(self.net.feature_info, "info", self.net.feature_info))
+
+    def find_stage(self,
+        name:str, # for messages
+        patch_stride:int|None, # pixels a patch
+    ) -> int|None: # index of the last stage with this stride; None: the last map
+        if patch_stride is None: return None
+        found = {} if self.prefix else {s["reduction"]: i for i, s in enumerate(self.stages())}
+        if patch_stride in found: return found[patch_stride]
+        raise ValueError(f"image encoder {name!r} has no feature map with patch_stride {patch_stride}. " + (f"Its strides: {', '.join(map(str, found))}." if found else "Its patches are its tokens: leave patch_stride out."))
 
     def normalise(self,
         images:Tensor, # [B,1,H,W] or [B,in_chans,H,W] in 0..1
@@ -75,14 +90,21 @@ class ImageEncoder(nn.Module):
     ) -> ImageFeatures:
         seen = []
         hook = self.net.blocks[-1].attn.register_forward_pre_hook(lambda m, args: seen.append(args[0])) if self.saliency else None
-        try: maps = self.net.forward_features(self.normalise(images))
+        try: maps, chosen = self.feature_maps(self.normalise(images))
         finally:
             if hook: hook.remove()
         saliency = class_attention(self.net.blocks[-1].attn, seen[0], self.prefix) if seen else None
-        return ImageFeatures(self.net.forward_head(maps, pre_logits=True), *self.patches(maps), saliency)
+        return ImageFeatures(self.net.forward_head(maps, pre_logits=True), *self.patches(chosen), saliency)
+
+    def feature_maps(self,
+        x:Tensor, # [B,in_chans,H,W], normalised
+    ): # the last map, and that which patches come from
+        if self.stage is None: return (maps := self.net.forward_features(x)), maps
+        maps, (chosen,) = self.net.forward_intermediates(x, indices=[self.stage])
+        return maps, chosen
 
     def patches(self,
-        maps:Tensor, # [B,D,rows,cols] of a convolutional net, or [B,P+N,D] of a ViT
+        maps:Tensor, # [B,D,rows,cols] of a convolutional net, or [B,P+N,D] of a ViT; D is `patch_dim`
     ): # [B,N,D] and (rows, cols)
         "Feature map to a row of patches"
         if maps.dim() == 4: return maps.flatten(2).transpose(1, 2), tuple(maps.shape[2:])

@@ -51,7 +51,7 @@ class Mgca(Method):
     config_class = MgcaConfig
     def __init__(self, config):
         super().__init__(config)
-        self.patch_projection = TokenProjection(self.image_encoder.dim, config.dim)
+        self.patch_projection = TokenProjection(self.image_encoder.patch_dim, config.dim)
         self.word_projection = TokenProjection(self.text_encoder.dim, config.dim)
         self.words_to_patches, self.patches_to_words = (CrossAttention(config.dim, config.attention) for _ in range(2))
         self.prototypes = Prototypes(config.n_prototypes, config.dim, temperature=config.prototype_temperature, epsilon=config.epsilon, iterations=config.iterations)
