@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ANSWERS', 'word_spans', 'named_words', 'visible_boxes', 'inside', 'centres', 'peak_hit', 'StudyMaps', 'aligns_tokens',
-           'study_maps', 'boxes_of', 'usual_places', 'questions', 'answer', 'pointing_table', 'pointing',
+           'study_maps', 'boxes_of', 'usual_places', 'mentions', 'questions', 'answer', 'pointing_table', 'pointing',
            'pointing_scores']
 
 # %% ../../nbs/8_tasks/06_pointing.ipynb #d9edf18b
@@ -135,22 +135,28 @@ def usual_places(
         for label, boxes in seen.items(): out[label] = out.get(label, 0) + inside(points, boxes, tolerance)
     return out
 
-# %% ../../nbs/8_tasks/06_pointing.ipynb #d147e4ca
-def questions(
+# %% ../../nbs/8_tasks/06_pointing.ipynb #206fcaf9
+def mentions(
     tokenizer, # of the method
     studies, # of load_studies
     size:int, # pixels of the square that the encoder sees
-    labels=(), # findings to ask about; empty: every finding that has boxes
+    labels=(), # which findings; empty: all
     sections=("impression", "findings"), # of the report, as in training
     max_tokens:int=112,
-) -> list[dict]: # study: index; label; words: indices; boxes [n,4]
-    "Every finding of every study that has a visible box and is named in the report"
-    out = []
-    for i, seen in boxes_of(studies, size):
-        text = report_text(dict(findings=studies[i]["findings"], impression=studies[i]["impression"]), sections)
+) -> list[dict]: # study: index; label; words: indices; boxes: [n,4], n may be 0
+    "Every finding that the report of a study claims or hedges, with its visible boxes"
+    seen, out = dict(boxes_of(studies, size)), []
+    for i, study in enumerate(studies.select_columns(["findings", "impression"])):
+        text = report_text(study, sections)
         words = named_words(text, word_spans(tokenizer, text, max_tokens))
-        out += [dict(study=i, label=label, words=words[label], boxes=boxes) for label, boxes in seen.items() if label in words and (not labels or label in labels)]
+        out += [dict(study=i, label=k, words=v, boxes=seen.get(i, {}).get(k, np.zeros((0, 4)))) for k, v in words.items() if not labels or k in labels]
     return out
+
+def questions(
+    tokenizer, studies, size:int, *args, **kwargs, # as for `mentions`
+) -> list[dict]: # of `mentions`
+    "The mentions that have a box to point at; none, at once, where the data have no boxes"
+    return [m for m in mentions(tokenizer, studies, size, *args, **kwargs) if len(m["boxes"])] if any(studies["boxes"]) else []
 
 # %% ../../nbs/8_tasks/06_pointing.ipynb #7c6bcab4
 ANSWERS = ["hit_rate", "centre", "best_place", "random", "ceiling"]
@@ -184,12 +190,12 @@ def pointing_table(
     guesses = {k: mean(v)(None) for k, v in zip(ANSWERS[1:], values[1:])}
     return pd.DataFrame(dict(label=[*labels, "macro"], hit_rate=rate.value, low=rate.low, high=rate.high, gain=gain.value, gain_low=gain.low, gain_high=gain.high, **guesses, n=[*known.sum(0), known.any(1).sum()]))
 
-# %% ../../nbs/8_tasks/06_pointing.ipynb #1dbb4ec0
+# %% ../../nbs/8_tasks/06_pointing.ipynb #74aad8b7
 def pointing(
     model, tokenizer, # a loaded method and its tokenizer
     studies, # test studies of load_studies
     train, # training studies, for the best place
-    labels=(), # findings to ask about; empty: every finding that has boxes
+    labels=(), # findings to ask about; empty: every finding that can be asked about
     *, sections=("impression", "findings"), max_tokens:int=112, # of the report, as in training
     tolerance:float=0., # widens boxes, as a fraction of the image's side
     n_resamples:int=1000, seed:int=0, # of patients
