@@ -28,7 +28,7 @@ class MethodConfig(PreTrainedConfig):
     dim: int = 128             # d, of the joint space
     weights: dict|None = None  # {term: weight}; a term left out weighs 1
 
-# %% ../../nbs/6_methods/00_base.ipynb #992c9ff2
+# %% ../../nbs/6_methods/00_base.ipynb #59015d08
 def projection(
     width:int, # D, of the encoder
     dim:int, # d, of the joint space
@@ -36,7 +36,7 @@ def projection(
     "Each feature to mean 0 and spread 1 over the batch; then linear, ReLU, linear"
     return nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
 
-# %% ../../nbs/6_methods/00_base.ipynb #845262f3
+# %% ../../nbs/6_methods/00_base.ipynb #c1d792b6
 class Method(PreTrainedModel):
     "Base of all methods: encoders, joint space, weighted terms"
     config_class = MethodConfig
@@ -91,6 +91,15 @@ def similarity(self:Method,
 ) -> Tensor: # [N,M]
     "The score that retrieval and zero-shot rank by: cosines, unless a method knows better"
     return similarity(images, texts)
+
+# %% ../../nbs/6_methods/00_base.ipynb #179fbec7
+@patch
+def token_maps(self:Method,
+    image:ImageFeatures, # of `image_encoder`, in evaluation mode; N patches
+    text:TextFeatures, # of `text_encoder`, in evaluation mode; L words
+) -> tuple[Tensor, Tensor]|None: # word to patch [B,L,N], patch to word [B,N,L], without gradient
+    "Where each word looks on the image and each patch in the report: at least 0, rows sum to 1 over the real tokens and are 0 on padding; None where a method aligns no tokens"
+    return None
 
 # %% ../../nbs/6_methods/00_base.ipynb #a6e29c06
 def find_method(
