@@ -129,7 +129,11 @@ def mimic_reports(
     folder:Path, # for the message
 ) -> dict: # {path: sections, or None}
     "All reports; not one of them there is an error"
-    with ThreadPoolExecutor(16) as pool: found = dict(zip(paths, tqdm(pool.map(mimic_report, paths, chunksize=256), total=len(paths), desc="reports", unit="file", disable=len(paths) < 1000)))
+    found = {}
+    with ThreadPoolExecutor(16) as pool, tqdm(total=len(paths), desc="reports", unit="file", disable=len(paths) < 1000) as bar:
+        for i in range(0, len(paths), 1000):
+            found |= zip(part := paths[i:i + 1000], pool.map(mimic_report, part))
+            bar.update(len(part))
     if not any(found.values()): raise StudyError(f"{paths[0]}: no such file, nor any other report in {folder}. MIMIC-CXR-JPG has no reports: unpack mimic-cxr-reports.zip of MIMIC-CXR there.")
     return found
 
