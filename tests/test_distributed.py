@@ -4,6 +4,7 @@ from torch import nn
 from medvlp.losses.contrastive import gather, info_nce
 from medvlp.losses.prototypes import Prototypes, sinkhorn
 from medvlp.losses.tokenwise import CrossAttention, cross_token_alignment
+from medvlp.methods.base import build_method
 
 
 def draw(*shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -32,7 +33,27 @@ class Tokenwise(Heads):
     def forward(self, patches, words, mask):
         return cross_token_alignment(self.heads[0](patches), self.heads[1](words), mask, words_to_patches=self.attention[0], patches_to_words=self.attention[1])
 
-LOSSES = [Contrastive, Prototypical, Tokenwise]
+class Mgca(nn.Module):
+    "The whole method: encoders, saliency, heads and three terms. Batch norms go by their running statistics: to share those of a batch takes GPUs"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        image = dict(name="vit_tiny_patch16_224", image_size=32, embed_dim=32, num_heads=2, depth=1, saliency=True)
+        text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, hidden_dropout_prob=0., attention_probs_dropout_prob=0., saliency=True)
+        self.method = build_method("mgca", image, text, vocab_size=50, dim=8, n_prototypes=5)
+        self.method.epoch = 1.     # prototypes move from here on
+    def train(self, mode=True):
+        super().train(mode)
+        for m in self.modules():
+            if isinstance(m, nn.BatchNorm1d): m.eval()
+        return self
+    def batch(self):
+        length, place = torch.tensor([9, 4, 3, 6, 5, 4, 3, 7])[:, None], torch.arange(9)
+        ids = torch.randint(5, 50, (8, 9), generator=torch.Generator().manual_seed(2))
+        return draw(8, 1, 32, 32).sigmoid(), ids, (place < length).long(), torch.where((place > 0) & (place < length - 1), (place - 1) // 2, -1)
+    def forward(self, images, input_ids, attention_mask, word_ids): return self.method(images, input_ids, attention_mask, word_ids)["loss"]
+
+LOSSES = [Contrastive, Prototypical, Tokenwise, Mgca]
 
 def scores(): return draw(8, 3).tanh()
 
@@ -40,7 +61,7 @@ def worker(rank, world, file, results):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     found = {}
     for loss in LOSSES:
-        model = nn.parallel.DistributedDataParallel(loss().double())
+        model = nn.parallel.DistributedDataParallel(loss().double().train())
         value = model(*(x.chunk(world)[rank] for x in model.module.batch()))
         value.backward()
         found[loss.__name__] = value.item(), [p.grad.tolist() for p in model.parameters()]
@@ -60,7 +81,7 @@ def processes(tmp_path_factory):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_two_processes_equal_one(processes, loss):
-    alone = loss().double()
+    alone = loss().double().train()
     value = alone(*alone.batch())
     value.backward()
     values, grads = zip(*(found[loss.__name__] for found in processes))

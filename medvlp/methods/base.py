@@ -117,12 +117,21 @@ def check_options(
     config_class:type[MethodConfig],
     options:dict, # as in params.yaml
 ) -> None:
-    "Refuse an option that the method does not have"
+    "Refuse an option that the method does not have, and a temperature that nothing can be divided by"
     inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)} | {"image", "text"}
     known = [f.name for f in dataclasses.fields(config_class) if f.name not in inherited]
     for key in set(options) - set(known):
         near = difflib.get_close_matches(key, known, n=1)
         raise ValueError(f"method {config_class.model_type}: no option {key!r}" + (f", did you mean {near[0]!r}?" if near else ".") + f" Options: {', '.join(known)}.")
+    for key, value in options.items():
+        if key.endswith("temperature") and not value > 0: raise ValueError(f"method {config_class.model_type}: options.{key} is {value}, a temperature must be above 0. The default is {getattr(config_class(), key)}.")
+
+# %% ../../nbs/6_methods/00_base.ipynb #cca03ef2
+@patch
+def check_data(self:Method,
+    n_pairs:int, # images with a report in the training split
+) -> None:
+    "Raise `ValueError`, with the option's name and a remedy, on data that this method cannot be trained on; here all data will do"
 
 # %% ../../nbs/6_methods/00_base.ipynb #2250ebd0
 def build_method(

@@ -72,5 +72,9 @@ class Mgca(Method):
         to_patches, to_words = self.words_to_patches(words, patches)[1], self.patches_to_words(patches, words, text.mask)[1]
         return to_patches * text.mask[..., None], to_words
 
+    def check_data(self, n_pairs):
+        K = self.config.n_prototypes
+        if K > n_pairs and (self.config.weights or {}).get("prototype", 1) != 0: raise ValueError(f"method mgca: options.n_prototypes is {K}, but there are only {n_pairs} pairs to train on: a cluster without a study means nothing. Lower it to {n_pairs} at most, better to a tenth; or leave the term out with weights: {{prototype: 0}}.")
+
 AutoConfig.register("mgca", MgcaConfig, exist_ok=True)
 AutoModel.register(MgcaConfig, Mgca, exist_ok=True)
