@@ -93,7 +93,7 @@ def match_findings(
     labels:list, # of the data
     where:str, # the file, for messages
 ) -> dict: # {label: finding}, labels without prompts left out
-    "Which finding of the file is which label; ValueError where none is, or where one is misspelt"
+    "Which finding of the file is which label; ValueError where one is misspelt"
     known = {}
     for finding, lists in findings.items():
         for key in {label_key(n) for n in (finding, *lists.get("also", []))}:
@@ -104,7 +104,6 @@ def match_findings(
     for finding in set(findings) - set(found.values()):
         if near := difflib.get_close_matches(label_key(finding), lacking, 1, .85):
             raise ValueError(f"{where}: {finding!r} is no label of the data, did you mean {lacking[near[0]]!r}? Labels: {', '.join(labels)}.")
-    if not found: raise ValueError(f"{where}: none of its findings is a label of the data. Labels: {', '.join(labels)}. Findings: {', '.join(findings)}.")
     return found
 
 # %% ../../nbs/8_tasks/07_zero_shot.ipynb #3d4d8cbe
