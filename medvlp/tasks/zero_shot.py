@@ -83,7 +83,7 @@ def check_places(
         if missing: raise ValueError(f"{where}: {t!r} has the place {sorted(missing)}, but the lists are {sorted(words)}")
         if not t.strip(): raise ValueError(f"{where}: an empty sentence")
 
-# %% ../../nbs/8_tasks/07_zero_shot.ipynb #2ac6c538
+# %% ../../nbs/8_tasks/07_zero_shot.ipynb #39770701
 def label_key(name:str) -> str:
     "How names are compared: small letters, underscores"
     return re.sub(r"[\s_]+", "_", str(name).strip().lower())
@@ -101,8 +101,8 @@ def match_findings(
             known[key] = finding
     found = {label: known[label_key(label)] for label in labels if label_key(label) in known}
     lacking = {label_key(label): label for label in labels if label not in found}
-    for finding in set(findings) - set(found.values()):
-        if near := difflib.get_close_matches(label_key(finding), lacking, 1, .85):
+    for finding in findings:
+        if finding not in found.values() and (near := difflib.get_close_matches(label_key(finding), lacking, 1, .85)):
             raise ValueError(f"{where}: {finding!r} is no label of the data, did you mean {lacking[near[0]]!r}? Labels: {', '.join(labels)}.")
     return found
 
@@ -140,14 +140,14 @@ def prompt_embeddings(
     vectors = dict(zip(sentences, F.normalize(vectors.float(), dim=-1)))
     return {label: torch.stack([torch.stack([vectors[s] for s in side]).mean(0) for side in sides]) for label, sides in prompts.items()}
 
-# %% ../../nbs/8_tasks/07_zero_shot.ipynb #4ac32a10
+# %% ../../nbs/8_tasks/07_zero_shot.ipynb #1fc900d0
 def prompt_scores(
     images:Tensor, # [N,d] of embed_images
     prompts:dict, # {label: [2,d]} of prompt_embeddings
     similarity:Callable=cosines, # the method's own, [N,d] and [M,d] to [N,M]
 ) -> np.ndarray: # [N,K,2], positive then negative
     "How near each image lies to the two sides of each finding"
-    return similarity(images, torch.cat(list(prompts.values())).to(images)).float().cpu().numpy().reshape(len(images), -1, 2)
+    return similarity(images, torch.cat(list(prompts.values())).to(images)).float().cpu().numpy().reshape(len(images), len(prompts), 2)
 
 # %% ../../nbs/8_tasks/07_zero_shot.ipynb #a4525a07
 def best_threshold(
