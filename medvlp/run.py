@@ -240,6 +240,7 @@ def stage_parameters(
     sections:Iterable[str]=(),     # sections of the params file, the later the stronger
     sets:Iterable[str]=(),         # key=value, stronger still
     params:str|Path="params.yaml", # the params file
+    defaults:bool=False,           # leave what is not given to the notebook
 ) -> dict[str, Any]: # what to inject, in the notebook's order
     "The checked parameters of one stage; `StageError` with everything that is wrong"
     sections, problems = list(sections), []
@@ -248,11 +249,11 @@ def stage_parameters(
     if problems: raise StageError(*problems)
     given, problems = gather(tree, sections, sets, params)
     home = f"{params}: {' or '.join(sections) or 'no section named'}"
-    if not problems: problems = [f"{home}: {k.name} is missing: {notebook} declares {k}; add it there or --set {k.name}=..."
-                                 for k in knobs.values() if k.name not in given]
+    if not (problems or defaults): problems = [f"{home}: {k.name} is missing: {notebook} declares {k}; add it there or --set {k.name}=..."
+                                               for k in knobs.values() if k.name not in given]
     with collect(problems): values = fit_all(knobs, given, notebook)
     if problems: raise StageError(*problems)
-    return {name: values[name] for name in knobs}
+    return {name: values[name] for name in knobs if name in values}
 
 # %% ../nbs/run.ipynb #471d9bc5
 def clean_outputs(
@@ -375,6 +376,7 @@ def make_parser() -> Parser:
     p.add_argument("output", nargs="?", help="where its executed copy goes")
     p.add_argument("--sections", nargs="+", default=[], metavar="NAME", help="sections of the params file, dotted where nested; a later one overrides an earlier one")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="one parameter, stronger than any section; the value is YAML")
+    p.add_argument("--defaults", action="store_true", help="what is not given keeps the notebook's own value, for stages that are no part of the pipeline")
     p.add_argument("--params", default="params.yaml", metavar="FILE", help="the params file (params.yaml)")
     p.add_argument("--check", action="store_true", help="check every stage of dvc.yaml against the params file, run nothing")
     p.add_argument("--code", metavar="FOLDER", help="with --check: write there, stage by stage, which code stands behind it")
@@ -541,7 +543,7 @@ def main(
             done = check(args.params, args.code)
             print(*done, f"{len(done)} stages, no problem", sep="\n")
             return 0
-        return run_and_report(args.notebook, args.output, stage_parameters(args.notebook, args.sections, args.sets, args.params))
+        return run_and_report(args.notebook, args.output, stage_parameters(args.notebook, args.sections, args.sets, args.params, args.defaults))
     except StageError as e: return complain(str(e), 2)
 
 # %% ../nbs/run.ipynb #d5bc4188

@@ -80,6 +80,13 @@ def test_run(project):
     assert [c.metadata.get("tags") for c in cells[1:3]] == [["parameters"], ["injected-parameters"]]
 
 
+def test_defaults(project):
+    "A stage without a section: what is set wins, the rest is the notebook's own"
+    stage(project/"nbs/aside.ipynb", "print(epochs, rate)")
+    done = run(project, "nbs/aside.ipynb", "reports/aside.ipynb", "--defaults", "--set", "epochs=3")
+    assert done.returncode == 0 and done.stdout.splitlines()[0] == "3 0.0003", done.stderr
+
+
 def test_failing_cell(project):
     stage(project/"nbs/fail.ipynb", "print('so far')\nraise FileNotFoundError('no such study: x.png')", "print('never')")
     (project/"reports").mkdir()

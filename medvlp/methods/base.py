@@ -124,7 +124,7 @@ def check_options(
         near = difflib.get_close_matches(key, known, n=1)
         raise ValueError(f"method {config_class.model_type}: no option {key!r}" + (f", did you mean {near[0]!r}?" if near else ".") + f" Options: {', '.join(known)}.")
     for key, value in options.items():
-        if key.endswith("temperature") and not value > 0: raise ValueError(f"method {config_class.model_type}: options.{key} is {value}, a temperature must be above 0. The default is {getattr(config_class(), key)}.")
+        if key.endswith("temperature") and not (isinstance(value, int | float) and value > 0): raise ValueError(f"method {config_class.model_type}: options.{key} is {value}, a temperature must be above 0. The default is {getattr(config_class(), key)}.")
 
 # %% ../../nbs/6_methods/00_base.ipynb #cca03ef2
 @patch
