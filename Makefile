@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 PYTHON ?= python3
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint lock.txt
 
-.PHONY: help install weights repro preset test lab export readme phantom lock
+.PHONY: help install weights repro ablations preset test lab export readme phantom lock
 help:         ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  .*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 12
 
@@ -22,6 +22,9 @@ $(VENV)/weights: $(VENV)/installed
 
 repro: install $(if $(PRESET),preset) ## run what has changed of the pipeline; PRESET=name puts presets/name.yaml in place of params.yaml first
 	dvc repro
+
+ablations: install ## train the variants named under `ablations` in params.yaml, for a table in ablations/results
+	dvc repro ablations/dvc.yaml
 
 preset: install
 	@test -f presets/$(PRESET).yaml || { echo "presets/$(PRESET).yaml: no such preset. There are: $(basename $(notdir $(wildcard presets/*.yaml)))"; exit 2; }

@@ -403,7 +403,9 @@ def resolve_pipeline(
     read_mapping(params)
     with TemporaryDirectory() as scratch:
         shutil.copy(params, f"{scratch}/params.yaml")
-        try: return DataResolver(Repo(scratch, uninitialized=True), scratch, stages).resolve()["stages"] or {}
+        home = Path(scratch, os.path.relpath(Path(pipeline).absolute().parent, find_project()))
+        home.mkdir(exist_ok=True)
+        try: return DataResolver(Repo(scratch, uninitialized=True), str(home), stages).resolve()["stages"] or {}
         except DvcException as e: raise StageError(f"{pipeline} with {params}: {re.sub(r'in .[^ ]*dvc.yaml.: *', '', ' '.join(str(e).split()))}") from None
 
 # %% ../nbs/run.ipynb #76dd8548
@@ -478,27 +480,29 @@ def check(
     params:str|Path="params.yaml", # the params file to check
     code:str|Path|None=None, # folder for one file a stage that lists its code; None: not written
 ) -> list[str]: # a line a stage
-    "Check every runner call in dvc.yaml; `StageError` with the problems of all stages"
+    "Check every runner call in dvc.yaml, and in those of folders beside it; `StageError` with the problems of all stages"
     try: pipeline = Path(os.path.relpath(find_project()/"dvc.yaml"))
     except FileNotFoundError as e: raise StageError(str(e)) from None
-    stages, done, problems, calls, made = resolve_pipeline(pipeline, params), [], [], [], {}
-    for name, stage in stages.items():
+    pipelines = [pipeline, *sorted(pipeline.parent.glob("*/dvc.yaml"))]    # beside the main one, those that are run on demand
+    stages = {(p, name): stage for p in pipelines for name, stage in resolve_pipeline(p, params).items()}
+    done, problems, calls, made = [], [], [], {}
+    for (pipeline, name), stage in stages.items():
         with collect(problems):
             for call in (c for c in stage_arguments(stage) if not c.check):
                 calls.append(call)
-                notebook = os.path.normpath(pipeline.parent/call.notebook)
+                notebook = os.path.normpath(pipeline.parent/stage.get("wdir", ".")/call.notebook)
                 problems += [f"{pipeline}: {name}: reads section {s}, which its params: does not name: DVC would not see it change"
                              for s in call.sections if not any(f"{s}.".startswith(f"{t}.") or t.startswith(f"{s}.") for t in tracked(stage))]
                 values = stage_parameters(notebook, call.sections, call.sets, params)
                 done.append(f"{name}: {notebook}, {len(values)} parameters")
-                if code: made[name] = code_of(notebook, values.get("method"))
+                if code: made["" if pipeline == pipelines[0] else pipeline.parent.name, name] = code_of(notebook, values.get("method"))
     tree = read_mapping(params)
-    problems += [f'{params}: no stage of {pipeline} reads section "{name}": {remedy(name, [s for c in calls for s in c.sections])}'
-                 for name in unused(stages, calls, tree, pipeline.read_text(encoding="utf-8"))]
+    problems += [f'{params}: no stage of {pipelines[0]} reads section "{name}": {remedy(name, [s for c in calls for s in c.sections])}'
+                 for name in unused(stages, calls, tree, "".join(p.read_text(encoding="utf-8") for p in pipelines))]
     if problems: raise StageError(*problems)
-    for name, files in made.items():
-        Path(code).mkdir(parents=True, exist_ok=True)
-        Path(code, f"{name}.txt").write_text("".join(f"{digest} {file}\n" for file, digest in files.items()))
+    for (home, name), files in made.items():
+        Path(code, home).mkdir(parents=True, exist_ok=True)
+        Path(code, home, f"{name}.txt").write_text("".join(f"{digest} {file}\n" for file, digest in files.items()))
     return done
 
 # %% ../nbs/run.ipynb #7c16a28e

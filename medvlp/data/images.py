@@ -106,7 +106,7 @@ def train_transform(
 ):
     "Random square cut, turn and exposure: grey picture to [1,size,size] float32 in 0..1"
     turn = [v2.RandomAffine(degrees, interpolation=v2.InterpolationMode.BILINEAR)] if degrees else []
-    return v2.Compose([*turn, v2.RandomCrop(size, pad_if_needed=True), v2.ColorJitter(contrast, contrast), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
+    return v2.Compose([*turn, v2.RandomCrop(size, pad_if_needed=True), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.ColorJitter(contrast, contrast)])
 
 # %% ../../nbs/1_data/01_images.ipynb #9809fb75
 def eval_transform(

@@ -5,25 +5,27 @@
 # %% auto #0
 __all__ = ['HEADINGS', 'MIN_WORDS', 'split_report', 'clean', 'count_words', 'report_text', 'sample_sentences']
 
-# %% ../../nbs/1_data/02_reports.ipynb #1d1db5f8
+# %% ../../nbs/1_data/02_reports.ipynb #fbf2a6e1
 import re, unicodedata
 import torch
 
 HEADINGS = {"findings": "findings", "finding": "findings", "impression": "impression", "impressions": "impression", "conclusion": "impression", "opinion": "impression", "imaging notes": "findings",
+    "findings and impression": "findings", "findings/impression": "findings", "impression and recommendation": "impression", "impression and recommendations": "impression",
     "indication": None, "history": None, "clinical history": None, "clinical information": None, "reason for exam": None, "comparison": None, "technique": None, "examination": None, "exam": None,
-    "presentation": None, "discussion": None, "recommendation": None, "recommendations": None, "notification": None, "wet read": None}
-_heading = re.compile(r"(?:^|(?<=[\n.]))[ \t.]*(" + "|".join(sorted(HEADINGS, key=len, reverse=True)) + r")[ \t]*:", re.IGNORECASE)
+    "presentation": None, "discussion": None, "recommendation": None, "recommendations": None, "recommendation(s)": None, "notification": None, "notifications": None, "wet read": None}
+_heading = re.compile(r"(?:^|(?<=[\n.]))[ \t.]*(" + "|".join(map(re.escape, sorted(HEADINGS, key=len, reverse=True))) + r")[ \t]*:", re.IGNORECASE)
 
-# %% ../../nbs/1_data/02_reports.ipynb #5e007886
+# %% ../../nbs/1_data/02_reports.ipynb #b2aa60d5
 def split_report(
     text:str, # a whole report
+    fallback:bool=True, # without either section: the text before the first heading, or all of it
 ) -> dict: # {"findings", "impression"}, either may be empty
     "Findings and impression of a report by its headings"
     marks = list(_heading.finditer(text))
     parts = {"findings": [], "impression": []}
     for m, end in zip(marks, [n.start() for n in marks[1:]] + [len(text)]):
         if section := HEADINGS[m[1].lower()]: parts[section].append(text[m.end():end].strip())
-    if not any(map(any, parts.values())): parts["findings"].append((text[:marks[0].start()].strip() if marks else "") or text)
+    if fallback and not any(map(any, parts.values())): parts["findings"].append((text[:marks[0].start()].strip() if marks else "") or text)
     return {k: " ".join(filter(None, v)).strip() for k, v in parts.items()}
 
 # %% ../../nbs/1_data/02_reports.ipynb #47562d00

@@ -172,7 +172,7 @@ def pneumothorax(c:Chest, f:Finding):
 # %% ../../nbs/1_data/05_signs.ipynb #c14a7651
 def nodule_radius(f:Finding) -> float:
     "Radius of a nodule, mass or granuloma in film sides"
-    borders = dict(nodule=(.018, .024, .031, .039), mass=(.041, .053, .070, .092), granuloma=(.008, .010, .012, .014))
+    borders = dict(nodule=(.020, .026, .032, .039), mass=(.041, .053, .070, .092), granuloma=(.008, .010, .012, .014))
     return graded(f, *borders[f.name])
 
 def ball(c:Chest, f:Finding):
@@ -180,7 +180,7 @@ def ball(c:Chest, f:Finding):
     (cx, cy), r, size = place(c.anatomy, f), nodule_radius(f), len(c.x)
     dx, dy = c.x - cx, c.y - cy
     lobed = r * (1 + (.10 if f.name == 'mass' else .05) * np.sin(3 * np.arctan2(dy, dx) + 20 * f.extent))
-    shadow = chord(lobed - np.sqrt(dx*dx + dy*dy), r) * dict(nodule=.46, mass=.52, granuloma=.75)[f.name]
+    shadow = chord(lobed - np.sqrt(dx*dx + dy*dy), r) * dict(nodule=.68, mass=.64, granuloma=.75)[f.name]
     if f.name == 'mass':
         turns = np.linspace(0, 6.28, 12)[:-1] + f.u
         rays = [([(cx + .8*r*np.cos(t), cy + .8*r*np.sin(t)), (cx + (1.35 + .2*np.sin(5*t)) * r * np.cos(t), cy + (1.35 + .2*np.sin(5*t)) * r * np.sin(t))], .0035, .8) for t in turns]

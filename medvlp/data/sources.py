@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['COVID_GROUPS', 'VQA_KEYS', 'SOURCES', 'imagefolder', 'covid_group', 'one_hot', 'coco_boxes', 'covid_row',
-           'covid_chestxray', 'vqa_question', 'vqa_rad', 'read_source']
+           'covid_chestxray', 'vqa_question', 'vqa_rad', 'mimic_table', 'mimic_labels', 'mimic_report', 'mimic_reports',
+           'mimic_cxr', 'read_source']
 
-# %% ../../nbs/1_data/11_sources.ipynb #c4d377e1
+# %% ../../nbs/1_data/11_sources.ipynb #2a0b78eb
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pandas as pd
+from tqdm import tqdm
 from .reports import split_report
 from .studies import COLUMNS, StudyError, need_columns, read_imagefolder, read_table
 
@@ -90,8 +93,68 @@ def vqa_rad(
     return pd.DataFrame([dict(study_id=image, patient_id=image, image=str(folder/"images"/image), view="", findings="", impression="",
         split="test" if all(q["split"] == "test" for q in questions) else "train", labels=one_hot(questions[0]["organ"], ("head", "chest", "abd")), boxes=[], mask="", questions=questions) for image, questions in asked.items()], columns=COLUMNS)
 
-# %% ../../nbs/1_data/11_sources.ipynb #e7225e55
-SOURCES = {f.__name__: f for f in (imagefolder, covid_chestxray, vqa_rad)}
+# %% ../../nbs/1_data/11_sources.ipynb #65d82abb
+def mimic_table(
+    folder:Path, # of MIMIC-CXR-JPG
+    name:str, # split, metadata or chexpert
+    columns:list[str]|None=None, # to read; None: all
+) -> pd.DataFrame: # text
+    "One of the three tables, plain or compressed"
+    stem = folder/f"mimic-cxr-2.0.0-{name}.csv"
+    path = next((p for p in (stem, Path(f"{stem}.gz")) if p.is_file()), None)
+    if path is None: raise StudyError(f"{stem}[.gz]: no such file. It comes with MIMIC-CXR-JPG 2.0.0, beside the folder files/.")
+    missing = set(columns or []) - set(header := pd.read_csv(path, nrows=0).columns)
+    if missing: raise StudyError(f"{path}: no column {', '.join(sorted(missing))}. The columns are: {', '.join(header)}.")
+    return pd.read_csv(path, usecols=columns, dtype=str, keep_default_na=False)
+
+# %% ../../nbs/1_data/11_sources.ipynb #94435a5e
+def mimic_labels(
+    table:pd.DataFrame, # of `mimic_table`, chexpert
+) -> dict: # {study number: {label: 1, 0 or -1}}
+    "The findings of each study, in small letters with underscores"
+    names = [c for c in table if c not in ("subject_id", "study_id")]
+    keys = [n.lower().replace(" ", "_") for n in names]
+    return {study: {k: int(float(v)) for k, v in zip(keys, values) if v} for study, *values in table[["study_id", *names]].itertuples(index=False)}
+
+# %% ../../nbs/1_data/11_sources.ipynb #318bce2c
+def mimic_report(
+    path:Path, # of a study's report
+) -> dict|None: # {"findings", "impression"}; None where there is no file
+    "The two sections of a report, found by their headings alone"
+    try: return split_report(path.read_text(encoding="utf-8", errors="replace"), fallback=False)
+    except FileNotFoundError: return None
+
+def mimic_reports(
+    paths:list[Path], # without repeats
+    folder:Path, # for the message
+) -> dict: # {path: sections, or None}
+    "All reports; not one of them there is an error"
+    found = {}
+    with ThreadPoolExecutor(16) as pool, tqdm(total=len(paths), desc="reports", unit="file", disable=len(paths) < 1000) as bar:
+        for i in range(0, len(paths), 1000):
+            found |= zip(part := paths[i:i + 1000], pool.map(mimic_report, part))
+            bar.update(len(part))
+    if not any(found.values()): raise StudyError(f"{paths[0]}: no such file, nor any other report in {folder}. MIMIC-CXR-JPG has no reports: unpack mimic-cxr-reports.zip of MIMIC-CXR there.")
+    return found
+
+# %% ../../nbs/1_data/11_sources.ipynb #19718042
+def mimic_cxr(
+    folder:str|Path, # holds the three tables and files/
+) -> pd.DataFrame: # canonical columns, one row a picture
+    "MIMIC-CXR-JPG with the reports of MIMIC-CXR, in the official layout and split"
+    folder = Path(folder)
+    rows = mimic_table(folder, "split", ["dicom_id", "study_id", "subject_id", "split"]).merge(mimic_table(folder, "metadata", ["dicom_id", "ViewPosition"]), on="dicom_id", validate="1:1")
+    labels = mimic_labels(mimic_table(folder, "chexpert"))
+    studies = {s: folder/"files"/f"p{p[:2]}"/f"p{p}"/f"s{s}" for s, p in zip(rows.study_id, rows.subject_id)}
+    reports = mimic_reports([p.with_suffix(".txt") for p in studies.values()], folder)
+    def row(dicom, study, patient, split, view):
+        report = reports[studies[study].with_suffix(".txt")] or dict(findings="", impression="")
+        return dict(study_id=f"s{study}/{dicom}", patient_id=f"p{patient}", image=f"{studies[study]}/{dicom}.jpg", view=view.upper(), **report,
+                    split={"validate": "val"}.get(split, split), labels=labels.get(study, {}), boxes=[], mask="", questions=[])
+    return pd.DataFrame([row(*r) for r in rows.itertuples(index=False)], columns=COLUMNS)
+
+# %% ../../nbs/1_data/11_sources.ipynb #b823aaf8
+SOURCES = {f.__name__: f for f in (imagefolder, covid_chestxray, mimic_cxr, vqa_rad)}
 
 def read_source(
     source:str, # a key of SOURCES

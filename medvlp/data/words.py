@@ -70,9 +70,9 @@ def encode(
     max_tokens:int=112, # longer reports are cut
 ) -> dict: # input_ids, attention_mask, word_ids: [B,T] int64
     "Tokenise reports into one padded batch"
-    e = tokenizer(list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+    e = tokenizer(list(texts), padding=True, truncation=True, max_length=max_tokens)
     word_ids = [[-1 if w is None else w for w in e.word_ids(i)] for i in range(len(texts))]
-    return dict(input_ids=e.input_ids, attention_mask=e.attention_mask, word_ids=torch.tensor(word_ids))
+    return {k: torch.tensor(v) for k, v in dict(input_ids=e.input_ids, attention_mask=e.attention_mask, word_ids=word_ids).items()}
 
 # %% ../../nbs/1_data/03_words.ipynb #0940690f
 def pool_words(

@@ -28,7 +28,7 @@ class MethodConfig(PreTrainedConfig):
     dim: int = 128             # d, of the joint space
     weights: dict|None = None  # {term: weight}; a term left out weighs 1
 
-# %% ../../nbs/6_methods/00_base.ipynb #992c9ff2
+# %% ../../nbs/6_methods/00_base.ipynb #59015d08
 def projection(
     width:int, # D, of the encoder
     dim:int, # d, of the joint space
@@ -36,7 +36,7 @@ def projection(
     "Each feature to mean 0 and spread 1 over the batch; then linear, ReLU, linear"
     return nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
 
-# %% ../../nbs/6_methods/00_base.ipynb #845262f3
+# %% ../../nbs/6_methods/00_base.ipynb #c1d792b6
 class Method(PreTrainedModel):
     "Base of all methods: encoders, joint space, weighted terms"
     config_class = MethodConfig
@@ -92,6 +92,15 @@ def similarity(self:Method,
     "The score that retrieval and zero-shot rank by: cosines, unless a method knows better"
     return similarity(images, texts)
 
+# %% ../../nbs/6_methods/00_base.ipynb #179fbec7
+@patch
+def token_maps(self:Method,
+    image:ImageFeatures, # of `image_encoder`, in evaluation mode; N patches
+    text:TextFeatures, # of `text_encoder`, in evaluation mode; L words
+) -> tuple[Tensor, Tensor]|None: # word to patch [B,L,N], patch to word [B,N,L], without gradient
+    "Where each word looks on the image and each patch in the report: at least 0, rows sum to 1 over the real tokens and are 0 on padding; None where a method aligns no tokens"
+    return None
+
 # %% ../../nbs/6_methods/00_base.ipynb #a6e29c06
 def find_method(
     name:str, # e.g. convirt
@@ -108,12 +117,21 @@ def check_options(
     config_class:type[MethodConfig],
     options:dict, # as in params.yaml
 ) -> None:
-    "Refuse an option that the method does not have"
+    "Refuse an option that the method does not have, and a temperature that nothing can be divided by"
     inherited = {f.name for f in dataclasses.fields(PreTrainedConfig)} | {"image", "text"}
     known = [f.name for f in dataclasses.fields(config_class) if f.name not in inherited]
     for key in set(options) - set(known):
         near = difflib.get_close_matches(key, known, n=1)
         raise ValueError(f"method {config_class.model_type}: no option {key!r}" + (f", did you mean {near[0]!r}?" if near else ".") + f" Options: {', '.join(known)}.")
+    for key, value in options.items():
+        if key.endswith("temperature") and not value > 0: raise ValueError(f"method {config_class.model_type}: options.{key} is {value}, a temperature must be above 0. The default is {getattr(config_class(), key)}.")
+
+# %% ../../nbs/6_methods/00_base.ipynb #cca03ef2
+@patch
+def check_data(self:Method,
+    n_pairs:int, # images with a report in the training split
+) -> None:
+    "Raise `ValueError`, with the option's name and a remedy, on data that this method cannot be trained on; here all data will do"
 
 # %% ../../nbs/6_methods/00_base.ipynb #2250ebd0
 def build_method(

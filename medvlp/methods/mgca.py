@@ -14,7 +14,7 @@ from ..losses.prototypes import Prototypes
 from ..losses.tokenwise import CrossAttention, cross_token_alignment
 from .base import Method, MethodConfig
 
-# %% ../../nbs/6_methods/02_mgca.ipynb #179a296e
+# %% ../../nbs/6_methods/02_mgca.ipynb #fa28de8c
 class MgcaConfig(MethodConfig):
     model_type = "mgca"
     temperature: float = 0.1            # of the global term
@@ -45,7 +45,7 @@ class TokenProjection(nn.Module):
         real = self.net(tokens[mask])
         return real.new_zeros(*mask.shape, real.shape[1]).masked_scatter(mask[..., None], real)
 
-# %% ../../nbs/6_methods/02_mgca.ipynb #f60db73f
+# %% ../../nbs/6_methods/02_mgca.ipynb #b6ac2844
 class Mgca(Method):
     "Alignment of studies, of tokens and of clusters (MGCA)"
     config_class = MgcaConfig
@@ -65,6 +65,16 @@ class Mgca(Method):
                 words_to_patches=self.words_to_patches, patches_to_words=self.patches_to_words, patch_weights=image.saliency, word_weights=text.saliency,
                 temperature=c.token_temperature, variant=c.variant),
             "prototype": lambda: self.prototypes(v, t, frozen=self.epoch < c.frozen_epochs)}
+
+    @torch.no_grad()
+    def token_maps(self, image, text):
+        patches, words = self.patch_projection(image.patches), self.word_projection(text.words, text.mask)
+        to_patches, to_words = self.words_to_patches(words, patches)[1], self.patches_to_words(patches, words, text.mask)[1]
+        return to_patches * text.mask[..., None], to_words
+
+    def check_data(self, n_pairs):
+        K = self.config.n_prototypes
+        if K > n_pairs and (self.config.weights or {}).get("prototype", 1) != 0: raise ValueError(f"method mgca: options.n_prototypes is {K}, but there are only {n_pairs} pairs to train on: a cluster without a study means nothing. Lower it to {n_pairs} at most, better to a tenth; or leave the term out with weights: {{prototype: 0}}.")
 
 AutoConfig.register("mgca", MgcaConfig, exist_ok=True)
 AutoModel.register(MgcaConfig, Mgca, exist_ok=True)

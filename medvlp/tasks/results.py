@@ -15,11 +15,11 @@ SCORES = ["method", "seed", "task", "metric", "value", "low", "high", "chance", 
 
 # %% ../../nbs/8_tasks/04_results.ipynb #31df2064
 def probe_scores(
-    table:pd.DataFrame, # of linear_probe
+    table:pd.DataFrame, # of linear_probe or few_labels_table
 ) -> pd.DataFrame: # metric, overall, value, low, high, chance, n
-    "`AUROC 10 %` for the mean over labels, `AUROC 10 % effusion` for one"
+    "`AUROC 10 %` for the mean over labels, `AUROC 10 % effusion` for one; accuracy likewise"
     label = table.label.map(lambda l: "" if l == "macro" else f" {l}")
-    return pd.DataFrame(dict(metric=table.fraction.map(lambda f: f"AUROC {100 * f:g} %") + label, overall=label == "", value=table.auroc, low=table.low, high=table.high, chance=.5, n=table.n_test))
+    return pd.DataFrame(dict(metric=table.measure + table.fraction.map(lambda f: f" {100 * f:g} %") + label, overall=label == "", **{c: table[c] for c in ("value", "low", "high", "chance")}, n=table.n_test))
 
 # %% ../../nbs/8_tasks/04_results.ipynb #3c286c0a
 def retrieval_scores(

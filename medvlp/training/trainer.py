@@ -163,6 +163,7 @@ def pretrain(
     "Train a method, resuming an interrupted run of the same settings, and save it"
     check_writable(output); check_writable(curves)
     check_budget(len(studies["train"]), len(studies["val"]), batch_size, patience)
+    model.check_data(len(studies["train"]))
     key = run_key(model=model.config.to_dict(), data=[d._fingerprint for d in studies.values()], vocabulary=tokenizer.get_vocab(), seed=seed, epochs=epochs, batch_size=batch_size,
                   sections=list(sections), max_tokens=max_tokens, augment=augment, patience=patience, arguments=arguments)
     folder = Path(checkpoints)/f"{model.config.model_type}-{seed}-{key}"

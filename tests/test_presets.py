@@ -1,0 +1,48 @@
+"Presets name methods, options and encoders that exist, and MGCA's has the size that it should (that the sections fit the stages: test_project.py)"
+from pathlib import Path
+import pytest, torch
+from medvlp.encoders.image import image_config
+from medvlp.methods.base import build_method, check_options, find_method
+from medvlp.run import read_mapping
+
+ROOT = Path(__file__).parent.parent
+BERT_BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
+BIOCLINICALBERT = 28996     # BERT-base, cased: its vocabulary
+
+
+@pytest.mark.parametrize("params", ["params.yaml", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/"presets").glob("*.yaml"))])
+def test_methods_options_and_encoders_exist(params):
+    tree = read_mapping(ROOT/params)
+    assert set(tree["run"]["methods"]) <= set(tree["methods"])
+    for name, section in tree["methods"].items():
+        check_options(find_method(section["method"]), section["options"])
+        image_config((tree["pretrain"] | section)["image_encoder"]["name"])
+
+
+def method_of(preset, name):
+    "A method of a preset without its weights; what would come by BioClinicalBERT's name comes by sizes, so that no network is needed"
+    tree = read_mapping(ROOT/"presets"/f"{preset}.yaml")
+    settings = tree["pretrain"] | tree["methods"][name]
+    image, text = ({k: v for k, v in settings[k].items() if k != "pretrained"} for k in ("image_encoder", "text_encoder"))
+    assert text.pop("name") == "emilyalsentzer/Bio_ClinicalBERT"
+    with torch.device("meta"): return build_method(settings["method"], image, text | BERT_BASE, BIOCLINICALBERT, **settings["options"])
+
+def weights_of(model):
+    "How many weights each part has"
+    parts = {"image_encoder": 0, "text_encoder": 0, "prototypes": 0, "heads": 0}
+    for name, p in model.named_parameters():
+        assert p.is_meta
+        part = name.split(".")[0]
+        parts[part if part in parts else "heads"] += p.numel()
+    return parts
+
+def head(width, norm=False): return width * width + width + 2 * width * norm + width * 128 + 128     # linear, (batch norm,) linear
+ATTENTION = 2 * 4 * 128 * 128     # Q, K, V, O of words and of patches
+
+@pytest.mark.parametrize("name, image, heads", [
+    ("mgca", 85_798_656, 2 * head(768) + 2 * head(768, norm=True) + ATTENTION),
+    ("mgca_resnet50", 23_508_032, head(2048) + head(768) + head(1024, norm=True) + head(768, norm=True) + ATTENTION)])
+def test_mgca_has_its_size(name, image, heads):
+    model = method_of("mgca", name)
+    assert weights_of(model) == dict(image_encoder=image, text_encoder=107_719_680, prototypes=500 * 128, heads=heads)
+    assert model.image_encoder.saliency == (name == "mgca") and model.text_encoder.saliency and model.text_encoder.pool == "cls"
