@@ -2,6 +2,8 @@
 import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
 from medvlp.losses.contrastive import gather, info_nce
+from medvlp.losses.groups import ThresholdGate, group, group_alignment
+from medvlp.losses.pairwise import both_ways, gathered_scores, region_word, region_word_scores
 from medvlp.losses.prototypes import Prototypes, sinkhorn
 from medvlp.losses.tokenwise import CrossAttention, cross_token_alignment
 from medvlp.methods.base import build_method
@@ -26,21 +28,41 @@ class Prototypical(Heads):
     def __init__(self): super().__init__(); self.prototypes = Prototypes(3, 4)
     def forward(self, images, texts): return self.prototypes(self.heads[0](images), self.heads[1](texts))
 
-class Tokenwise(Heads):
+class Tokens(Heads):
+    "Patches and words; a process pads its reports no further than its longest, here 7 words and 6"
+    def batch(self): return draw(8, 9, 5), draw(8, 7, 6), torch.arange(7) < torch.tensor([7, 1, 3, 5, 2, 4, 6, 3])[:, None]
+    def forward(self, patches, words, mask):
+        longest = mask.sum(1).max()
+        return self.loss(self.heads[0](patches), self.heads[1](words[:, :longest]), mask[:, :longest])
+
+class Tokenwise(Tokens):
     "Every study by itself"
     def __init__(self): super().__init__(); self.attention = nn.ModuleList([CrossAttention(4), CrossAttention(4)])
-    def batch(self): return draw(8, 9, 5), draw(8, 7, 6), torch.arange(7) < torch.tensor([7, 1, 3, 5, 2, 7, 6, 4])[:, None]
-    def forward(self, patches, words, mask):
-        return cross_token_alignment(self.heads[0](patches), self.heads[1](words), mask, words_to_patches=self.attention[0], patches_to_words=self.attention[1])
+    def loss(self, patches, words, mask): return cross_token_alignment(patches, words, mask, words_to_patches=self.attention[0], patches_to_words=self.attention[1])
 
-class Mgca(nn.Module):
-    "The whole method: encoders, saliency, heads and three terms. Batch norms go by their running statistics: to share those of a batch takes GPUs"
+class Regional(Tokens):
+    "Every image against every report: each process scores its own reports, and finds the loss of the whole batch"
+    def loss(self, patches, words, mask): return sum(both_ways(10 * gathered_scores(region_word_scores, patches, words, mask)))
+
+class Grouped(Tokens):
+    "Every study by itself, but for the thresholds, which all processes share"
+    def __init__(self): super().__init__(); self.attention = nn.ModuleList([CrossAttention(4), CrossAttention(4)]); self.gates = nn.ModuleList([ThresholdGate(.5), ThresholdGate(.5)])
+    def loss(self, patches, words, mask):
+        words = words.masked_fill(~mask[..., None], 0)
+        similarity = words @ patches.mT
+        tgv = group(similarity, self.gates[0](similarity, rows=mask)) @ patches
+        pgl = group(similarity.mT, self.gates[1](similarity.mT, mask=mask), mask) @ words
+        return group_alignment(patches, words, pgl, tgv, mask, temperature=.3) + cross_token_alignment(pgl, tgv, mask, words_to_patches=self.attention[0], patches_to_words=self.attention[1], temperature=.1)
+
+class Whole(nn.Module):
+    "A whole method: encoders, saliency, heads and all terms. Batch norms go by their running statistics: to share those of a batch takes GPUs"
+    options = {}
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         image = dict(name="vit_tiny_patch16_224", image_size=32, embed_dim=32, num_heads=2, depth=1, saliency=True)
         text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, hidden_dropout_prob=0., attention_probs_dropout_prob=0., saliency=True)
-        self.method = build_method("mgca", image, text, vocab_size=50, dim=8, n_prototypes=5)
+        self.method = build_method(type(self).__name__.lower(), image, text, vocab_size=50, dim=8, **self.options)
         self.method.epoch = 1.     # prototypes move from here on
     def train(self, mode=True):
         super().train(mode)
@@ -53,7 +75,12 @@ class Mgca(nn.Module):
         return draw(8, 1, 32, 32).sigmoid(), ids, (place < length).long(), torch.where((place > 0) & (place < length - 1), (place - 1) // 2, -1)
     def forward(self, images, input_ids, attention_mask, word_ids): return self.method(images, input_ids, attention_mask, word_ids)["loss"]
 
-LOSSES = [Contrastive, Prototypical, Tokenwise, Mgca]
+class Mgca(Whole): options = dict(n_prototypes=5)
+class Gloria(Whole): pass
+class Sparc(Whole): pass
+class Aga(Whole): options = dict(gamma=.5)
+
+LOSSES = [Contrastive, Prototypical, Tokenwise, Regional, Grouped, Mgca, Gloria, Sparc, Aga]
 
 def scores(): return draw(8, 3).tanh()
 
@@ -64,7 +91,7 @@ def worker(rank, world, file, results):
         model = nn.parallel.DistributedDataParallel(loss().double().train())
         value = model(*(x.chunk(world)[rank] for x in model.module.batch()))
         value.backward()
-        found[loss.__name__] = value.item(), [p.grad.tolist() for p in model.parameters()]
+        found[loss.__name__] = value.item(), [p.grad.tolist() for p in model.parameters()], [b.tolist() for b in model.module.buffers()]
     found["codes"] = sinkhorn(scores().split([5, 3])[rank]).tolist()
     results[rank] = found
     dist.destroy_process_group()
@@ -84,11 +111,26 @@ def test_two_processes_equal_one(processes, loss):
     alone = loss().double().train()
     value = alone(*alone.batch())
     value.backward()
-    values, grads = zip(*(found[loss.__name__] for found in processes))
+    values, grads, buffers = zip(*(found[loss.__name__] for found in processes))
     assert abs(sum(values) / 2 - value.item()) < 1e-12
-    if loss is Contrastive: assert abs(values[0] - values[1]) < 1e-12
+    if loss in (Contrastive, Regional): assert abs(values[0] - values[1]) < 1e-12
     for found in grads:
         for g, p in zip(found, alone.parameters(), strict=True): torch.testing.assert_close(torch.tensor(g, dtype=torch.float64), p.grad, atol=1e-12, rtol=0)
+    for found in buffers:
+        for b, own in zip(found, alone.buffers(), strict=True): torch.testing.assert_close(torch.tensor(b, dtype=torch.float64), own, atol=1e-12, rtol=0, check_dtype=False)
+
+def test_scores_shared_out_are_those_of_region_word():
+    alone = Regional().double()
+    patches, words, mask = alone.batch()
+    patches, words = alone.heads[0](patches), alone.heads[1](words)
+    torch.testing.assert_close(alone.loss(patches, words, mask), sum(region_word(patches, words, mask)), atol=1e-12, rtol=0)
+
+def test_a_gate_sees_the_studies_of_all_processes(processes):
+    "The threshold is not what one process's own studies would give"
+    alone = Grouped().double()
+    patches, words, mask = (x[:4] for x in alone.batch())
+    alone(patches, words, mask)
+    assert abs(alone.gates[0].sigma.item() - processes[0]["Grouped"][2][0]) > 1e-3
 
 def test_codes_of_two_processes_with_unequal_shares(processes):
     codes = torch.tensor(processes[0]["codes"] + processes[1]["codes"], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"Presets name methods, options and encoders that exist, and MGCA's has the size that it should (that the sections fit the stages: test_project.py)"
+"Presets name methods, options and encoders that exist, and those of MGCA and AGA have the size that they should (that the sections fit the stages: test_project.py)"
 from pathlib import Path
 import pytest, torch
 from medvlp.encoders.image import image_config
@@ -46,3 +46,10 @@ def test_mgca_has_its_size(name, image, heads):
     model = method_of("mgca", name)
     assert weights_of(model) == dict(image_encoder=image, text_encoder=107_719_680, prototypes=500 * 128, heads=heads)
     assert model.image_encoder.saliency == (name == "mgca") and model.text_encoder.saliency and model.text_encoder.pool == "cls"
+
+
+def test_aga_has_its_size():
+    model = method_of("aga", "aga")
+    assert weights_of(model) == dict(image_encoder=23_508_032, text_encoder=107_719_680, prototypes=0, heads=head(2048) + head(768) + head(1024, norm=True) + head(768, norm=True) + ATTENTION)
+    with torch.device("meta"): assert model.image_encoder(torch.empty(1, 1, 299, 299)).grid == (19, 19)
+    assert model.text_encoder.layers == 4

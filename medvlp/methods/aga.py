@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['AgaConfig', 'Aga']
 
-# %% ../../nbs/6_methods/05_aga.ipynb #a804ad91
+# %% ../../nbs/6_methods/05_aga.ipynb #faeacd32
 from functools import cache
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
+from ..encoders.features import ImageFeatures, TextFeatures
 from ..losses.contrastive import gather, info_nce
 from ..losses.groups import ThresholdGate, group, group_alignment
 from ..losses.tokenwise import CrossAttention, cross_token_alignment
@@ -31,7 +32,7 @@ class AgaConfig(MethodConfig):
         self.weights = {"global": .5, "iga": .5, "bcga": .5} | (self.weights or {})
         super().__post_init__(**kwargs)
 
-# %% ../../nbs/6_methods/05_aga.ipynb #47f33803
+# %% ../../nbs/6_methods/05_aga.ipynb #ce5fb604
 class Aga(Method):
     "Alignment of studies, of tokens with adaptive groups, and of groups with groups (AGA)"
     config_class = AgaConfig
@@ -51,15 +52,22 @@ class Aga(Method):
             "iga": lambda: group_alignment(*grouped(), mask, temperature=c.token_temperature),
             "bcga": lambda: cross_token_alignment(*grouped()[2:], mask, words_to_patches=self.words_to_patches, patches_to_words=self.patches_to_words, temperature=c.group_temperature)}
 
-    def groups(self, patches, words, mask):
-        "Weights of the patches in each word's group [B,L,N], and of the words in each patch's [B,N,L]; in training the gates move"
-        similarity = words @ patches.mT
-        return group(similarity, self.gate_tg(similarity, rows=mask)), group(similarity.mT, self.gate_vg(similarity.mT, mask=mask), mask)
-
-    def grouped(self, image, text) -> tuple[Tensor, Tensor, Tensor, Tensor]: # [B,N,d], [B,L,d], [B,N,d], [B,L,d]
-        "Patches, words, and the embeddings of their groups: PGL of the patches, TGV of the words"
+    def groups(self,
+        image:ImageFeatures, # N patches
+        text:TextFeatures, # L words
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # patches [B,N,d]; words [B,L,d]; weights of patches in each word's group [B,L,N], of words in each patch's [B,N,L]
+        "Tokens in the joint space and how they are grouped; in training the gates move"
         patches, words = self.patch_projection(image.patches), self.word_projection(text.words, text.mask)
-        of_words, of_patches = self.groups(patches, words, text.mask)
+        similarity = words @ patches.mT
+        of_words = group(similarity, self.gate_tg(similarity, rows=text.mask))
+        return patches, words, of_words, group(similarity.mT, self.gate_vg(similarity.mT, mask=text.mask), text.mask)
+
+    def grouped(self,
+        image:ImageFeatures, # N patches
+        text:TextFeatures, # L words
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # [B,N,d], [B,L,d], [B,N,d], [B,L,d]
+        "Patches, words, and the embeddings of their groups: PGL of the patches, TGV of the words"
+        patches, words, of_words, of_patches = self.groups(image, text)
         return patches, words, of_patches @ words, of_words @ patches
 
     def curves(self) -> dict[str, float]: # sigma_tg, sigma_vg
@@ -69,8 +77,7 @@ class Aga(Method):
     @torch.no_grad()
     def token_maps(self, image, text):
         "The groups of the words and of the patches"
-        patches, words = self.patch_projection(image.patches), self.word_projection(text.words, text.mask)
-        of_words, of_patches = self.groups(patches, words, text.mask)
+        _, _, of_words, of_patches = self.groups(image, text)
         return of_words.masked_fill(~text.mask[..., None], 0), of_patches
 
 AutoConfig.register("aga", AgaConfig, exist_ok=True)

@@ -51,6 +51,7 @@ class MethodTrainer(Trainer):
         if prefix or "loss" in logs:
             for name, values in self.sums[part].items(): logs[prefix + name] = torch.stack(values).mean().item()
             self.sums[part].clear()
+        if "loss" in logs: logs |= getattr(self.model, "curves", dict)()
         super().log(logs, start_time)
 
 # %% ../../nbs/7_training/00_trainer.ipynb #dd02779c
