@@ -140,7 +140,8 @@ def prompt_embeddings(
     vectors = dict(zip(sentences, F.normalize(vectors.float(), dim=-1)))
     return {label: torch.stack([torch.stack([vectors[s] for s in side]).mean(0) for side in sides]) for label, sides in prompts.items()}
 
-# %% ../../nbs/8_tasks/07_zero_shot.ipynb #1fc900d0
+# %% ../../nbs/8_tasks/07_zero_shot.ipynb #3b40eabc
+@torch.inference_mode()
 def prompt_scores(
     images:Tensor, # [N,d] of embed_images
     prompts:dict, # {label: [2,d]} of prompt_embeddings
