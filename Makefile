@@ -46,7 +46,7 @@ readme: install ## README.md from nbs/index.ipynb, and the pictures it shows fro
 	mkdir -p nbs/images
 	cp reports/figures/samples.png reports/figures/tsne.png reports/figures/curves.png results/scoreboard.png nbs/images/
 	jupyter nbconvert --log-level WARN --execute --no-input --to markdown nbs/index.ipynb --output-dir . --output README
-	sed -i -E 's#\]\(([1-9]_|stages|images)#](nbs/\1#g' README.md
+	sed -i -E 's#\]\(([1-9]_|stages|images|own_method)#](nbs/\1#g' README.md
 
 phantom: install ## draw the demo's study set anew
 	python -m medvlp.data.phantom_set assets/demo --studies 1200 --seed 0

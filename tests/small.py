@@ -1,4 +1,4 @@
-"A study set and a training run small enough for tests. As a script: train on FOLDER/prepared into FOLDER/RUN."
+"A study set and a training run small enough for tests. As a script: train METHOD on FOLDER/prepared into FOLDER/RUN."
 import sys
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -27,7 +27,7 @@ def prepare(source, output):
     save_studies(*prepare_studies(imagefolder(source), image_size=40), output)
 
 
-def train(folder, run, seed=0):
+def train(folder, run, method="convirt", seed=0):
     "Pre-train into FOLDER/RUN; call again to resume"
     from transformers import set_seed
     from medvlp.data.prepare import load_studies
@@ -39,9 +39,9 @@ def train(folder, run, seed=0):
     studies = {s: load_studies(folder/"prepared", s, paired=True) for s in ("train", "val")}
     tokenizer = reports_tokenizer(studies["train"], ["findings"], 100)
     set_seed(seed)
-    model = build_method("convirt", dict(name="resnet10t", image_size=32), dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64), len(tokenizer), dim=16)
+    model = build_method(method, dict(name="resnet10t", image_size=32), dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64), len(tokenizer), dim=16)
     pretrain(model, tokenizer, studies, folder/run/"model", folder/run/"curves", folder/run/"checkpoints", seed=seed, epochs=10, batch_size=8, sections=["findings"],
              learning_rate=1e-3, weight_decay=.05, warmup=.1, checkpoint_steps=3, log_steps=1, device="cpu", precision="fp32")
 
 
-if __name__ == "__main__": train(*sys.argv[1:3])
+if __name__ == "__main__": train(*sys.argv[1:4])

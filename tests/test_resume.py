@@ -13,7 +13,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, run): return subprocess.Popen([sys.executable, small.__file__, folder, run], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def start(folder, run, method): return subprocess.Popen([sys.executable, small.__file__, folder, run, method], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 def finish(process):
     out, _ = process.communicate(timeout=300)
@@ -26,19 +26,21 @@ def assert_equal(a, b):
     for name in a: assert torch.equal(a[name], b[name]), name
 
 
-def test_two_runs_give_equal_weights_and_a_killed_run_resumed_too(folder):
-    for run in ("first", "second"): finish(start(folder, run))
-    assert_equal(weights(folder, "first"), weights(folder, "second"))
+@pytest.mark.parametrize("method", ["convirt", "aga"])       # aga has gates, buffers that move with every batch
+def test_two_runs_give_equal_weights_and_a_killed_run_resumed_too(folder, method):
+    first, second, killed = (f"{method}-{run}" for run in ("first", "second", "killed"))
+    for run in (first, second): finish(start(folder, run, method))
+    assert_equal(weights(folder, first), weights(folder, second))
 
-    process = start(folder, "killed")
-    while not list((folder/"killed").rglob("complete")):     # a checkpoint is there
+    process = start(folder, killed, method)
+    while not list((folder/killed).rglob("complete")):     # a checkpoint is there
         assert process.poll() is None, process.communicate()[0].decode()[-2000:]
         time.sleep(.02)
     time.sleep(random.random())                              # then at any moment, in the middle of a checkpoint perhaps
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (folder/"killed"/"model"/"model.safetensors").exists(), "it had finished before it was killed"
-    finish(start(folder, "killed"))
-    assert_equal(weights(folder, "first"), weights(folder, "killed"))
-    curves = [{p.name: p.read_text() for p in (folder/run/"curves").rglob("*.tsv")} for run in ("first", "killed")]
+    assert not (folder/killed/"model"/"model.safetensors").exists(), "it had finished before it was killed"
+    finish(start(folder, killed, method))
+    assert_equal(weights(folder, first), weights(folder, killed))
+    curves = [{p.name: p.read_text() for p in (folder/run/"curves").rglob("*.tsv")} for run in (first, killed)]
     assert curves[0] == curves[1]
