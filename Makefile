@@ -44,7 +44,7 @@ export: install ## notebooks to package, then clean them
 
 readme: install ## README.md from nbs/index.ipynb, and the pictures it shows from the last run of the demo
 	mkdir -p nbs/images
-	cp reports/figures/samples.png reports/figures/tsne.png reports/figures/curves.png results/scoreboard.png nbs/images/
+	cp $(addprefix reports/figures/,samples.png tsne.png curves.png words-mgca.png clusters-mgca.png) results/scoreboard.png nbs/images/
 	jupyter nbconvert --log-level WARN --execute --no-input --to markdown nbs/index.ipynb --output-dir . --output README
 	sed -i -E 's#\]\(([1-9]_|stages|images|own_method)#](nbs/\1#g' README.md
 
