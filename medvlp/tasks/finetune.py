@@ -41,7 +41,9 @@ class Classifier(nn.Module):
         images:Tensor, # [B,1,H,W] in 0..1
         labels:Tensor, # [B,K]
     ) -> dict: # loss: scalar; logits [B,K]
-        logits = self.head(self.scale(self.encoder(images).pooled))
+        x = self.encoder(images).pooled
+        alone = self.training and len(x) == 1        # a last batch of one has no spread: take what earlier batches showed
+        logits = self.head(F.batch_norm(x, self.scale.running_mean, self.scale.running_var) if alone else self.scale(x))
         return dict(loss=known_bce(logits, labels), logits=logits)
 
 # %% ../../nbs/8_tasks/05_finetune.ipynb #b1d31a4c
@@ -70,7 +72,7 @@ def finetune_arguments(
     steps = max(epochs * -(-n // batch_size), min_steps)
     every = -(-steps // epochs)
     check = dict(eval_strategy="steps", save_strategy="steps", eval_steps=every, save_steps=every, save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False) if has_val else dict(save_strategy="no")
-    return TrainingArguments(folder, seed=seed, max_steps=steps, dataloader_drop_last=n > batch_size, per_device_train_batch_size=batch_size, per_device_eval_batch_size=64, learning_rate=learning_rate, weight_decay=weight_decay, warmup_steps=.1,
+    return TrainingArguments(folder, seed=seed, max_steps=steps, per_device_train_batch_size=batch_size, per_device_eval_batch_size=64, learning_rate=learning_rate, weight_decay=weight_decay, warmup_steps=.1,
         lr_scheduler_type="cosine", max_grad_norm=0., use_cpu=device == "cpu", dataloader_num_workers=resolve_workers(workers, device), dataloader_pin_memory=device == "cuda", remove_unused_columns=False, label_names=["labels"],
         disable_tqdm=True, report_to=[], logging_strategy="no", **check)
 
