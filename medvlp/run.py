@@ -334,7 +334,9 @@ def run_stage(
     parameters:dict[str,Any], # what to inject, from `stage_parameters`
 ):
     "Execute a copy of the notebook in the project folder; Papermill's error if a cell fails"
-    import logging, papermill
+    import logging
+    sys.modules.setdefault("rfc3987_syntax", None)    # jsonschema's check of web addresses, optional, takes seconds to load; no notebook needs it
+    import papermill
     running, failed = claim(Path(notebook), Path(output))
     logging.getLogger("papermill").setLevel(logging.ERROR)
     os.environ.update(kernel_environment())

@@ -28,7 +28,7 @@ def test_the_page_makes_a_method(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    for name in ("nbs", "medvlp"): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("nbs", "medvlp", "ablations"): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "models", "curves", "reports"))
     for name in ("settings.ini", "setup.py", "pyproject.toml", "params.yaml", "dvc.yaml"): shutil.copy(ROOT/name, tmp_path)
 
     cells = [mk_cell(text, "markdown" if language == "markdown" else "code", id=f"c{i}") for i, (language, text) in enumerate(blocks("python|markdown"))]

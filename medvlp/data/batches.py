@@ -30,7 +30,7 @@ class StudyDataset(Dataset):
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (0, key)
         study = self.studies[i]
-        with addressed(self.seed, epoch, i): return dict(image=self.transform(study["image"]), report=sample_sentences(report_text(study, self.sections), self.sentences))
+        with addressed(self.seed, epoch, i): return dict(image=self.transform(study["image"]), report=sample_sentences(report_text(study, self.sections), self.sentences), address=address(self.seed, epoch, i))
 
 # %% ../../nbs/1_data/13_batches.ipynb #99cde01b
 class EpochSampler(Sampler):
@@ -53,9 +53,11 @@ class Collate:
     def __init__(self,
         tokenizer, # of data.words
         max_tokens:int=112, # longer reports are cut
-    ): self.tokenizer, self.max_tokens = tokenizer, max_tokens
-    def __call__(self, items:list[dict]) -> dict: # images [B,1,H,W]; input_ids, attention_mask, word_ids [B,T]
-        return dict(images=torch.stack([o["image"] for o in items]), **encode(self.tokenizer, [o["report"] for o in items], self.max_tokens))
+        addresses:bool=False, # hand on the items' addresses
+    ): self.tokenizer, self.max_tokens, self.addresses = tokenizer, max_tokens, addresses
+    def __call__(self, items:list[dict]) -> dict: # images [B,1,H,W]; input_ids, attention_mask, word_ids [B,T]; addresses [B] int64
+        batch = dict(images=torch.stack([o["image"] for o in items]), **encode(self.tokenizer, [o["report"] for o in items], self.max_tokens))
+        return batch | dict(addresses=torch.tensor([o["address"] for o in items])) if self.addresses else batch
 
 # %% ../../nbs/1_data/13_batches.ipynb #32336fcc
 def resolve_device(device:str="auto") -> str: # cuda or cpu

@@ -14,8 +14,7 @@ from ..encoders.features import ImageFeatures, TextFeatures
 from ..losses.contrastive import gather, info_nce
 from ..losses.groups import ThresholdGate, group, group_alignment
 from ..losses.tokenwise import CrossAttention, cross_token_alignment
-from .base import Method, MethodConfig
-from .mgca import TokenProjection
+from .base import MethodConfig, TokenMethod
 
 # %% ../../nbs/6_methods/05_aga.ipynb #bbc6ac9a
 class AgaConfig(MethodConfig):
@@ -33,13 +32,11 @@ class AgaConfig(MethodConfig):
         super().__post_init__(**kwargs)
 
 # %% ../../nbs/6_methods/05_aga.ipynb #ce5fb604
-class Aga(Method):
+class Aga(TokenMethod):
     "Alignment of studies, of tokens with adaptive groups, and of groups with groups (AGA)"
     config_class = AgaConfig
     def __init__(self, config):
         super().__init__(config)
-        self.patch_projection = TokenProjection(self.image_encoder.patch_dim, config.dim)
-        self.word_projection = TokenProjection(self.text_encoder.dim, config.dim)
         self.gate_tg, self.gate_vg = (ThresholdGate(config.gamma, config.gate, sigma) for sigma in (config.sigma_tg, config.sigma_vg))
         self.words_to_patches, self.patches_to_words = (CrossAttention(config.dim) for _ in range(2))
 
@@ -57,7 +54,7 @@ class Aga(Method):
         text:TextFeatures, # L words
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # patches [B,N,d]; words [B,L,d]; weights of patches in each word's group [B,L,N], of words in each patch's [B,N,L]
         "Tokens in the joint space and how they are grouped; in training the gates move"
-        patches, words = self.patch_projection(image.patches), self.word_projection(text.words, text.mask)
+        patches, words = self.tokens(image, text)
         similarity = words @ patches.mT
         of_words = group(similarity, self.gate_tg(similarity, rows=text.mask))
         return patches, words, of_words, group(similarity.mT, self.gate_vg(similarity.mT, mask=text.mask), text.mask)

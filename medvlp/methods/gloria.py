@@ -10,8 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 from ..losses.contrastive import gather, info_nce
 from ..losses.pairwise import both_ways, gathered_scores, region_attention, region_word_scores
-from .base import Method, MethodConfig
-from .mgca import TokenProjection
+from .base import MethodConfig, TokenMethod
 
 # %% ../../nbs/6_methods/03_gloria.ipynb #b4c4f38b
 class GloriaConfig(MethodConfig):
@@ -23,14 +22,9 @@ class GloriaConfig(MethodConfig):
     agg: str = "sum"                 # over words: sum, or mean, which does not favour longer reports
 
 # %% ../../nbs/6_methods/03_gloria.ipynb #7f18af74
-class Gloria(Method):
+class Gloria(TokenMethod):
     "Alignment of studies, globally and by words and regions (GLoRIA)"
     config_class = GloriaConfig
-    def __init__(self, config):
-        super().__init__(config)
-        self.patch_projection = TokenProjection(self.image_encoder.patch_dim, config.dim)
-        self.word_projection = TokenProjection(self.text_encoder.dim, config.dim)
-
     def terms(self, image, text):
         v, t = self.image_projection(image.pooled), self.text_projection(text.pooled)
         return {"global": lambda: info_nce(gather(v), gather(t), temperature=self.config.temperature), "local": lambda: self.local(image, text)}
@@ -38,14 +32,14 @@ class Gloria(Method):
     def local(self, image, text):
         "Mean of the two directions of `region_word`, over all processes"
         c = self.config
-        patches, words = self.patch_projection(image.patches), self.word_projection(text.words, text.mask)
+        patches, words = self.tokens(image, text)
         scores = gathered_scores(region_word_scores, patches, words, text.mask, word_temperature=c.word_temperature, sum_temperature=c.sum_temperature, agg=c.agg)
         return sum(both_ways(c.batch_temperature * scores)) / 2
 
     @torch.no_grad()
     def token_maps(self, image, text):
         "The local term's attention within each pair: of words to regions, and the regions' choice of words"
-        patches, words = self.patch_projection(image.patches), self.word_projection(text.words, text.mask)
+        patches, words = self.tokens(image, text)
         attention, chosen = region_attention(patches @ words.mT, text.mask, word_temperature=self.config.word_temperature)
         return attention.masked_fill(~text.mask[..., None], 0), chosen
 

@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModel
 from ..losses.contrastive import gather, info_nce
 from ..losses.groups import group
 from ..losses.tokenwise import token_alignment
-from .base import Method, MethodConfig
-from .mgca import TokenProjection
+from .base import MethodConfig, TokenMethod
 
 # %% ../../nbs/6_methods/04_sparc.ipynb #230af9b9
 class SparcConfig(MethodConfig):
@@ -21,28 +20,23 @@ class SparcConfig(MethodConfig):
     token_temperature: float = 0.07   # of the local term
 
 # %% ../../nbs/6_methods/04_sparc.ipynb #1d7c5231
-class Sparc(Method):
+class Sparc(TokenMethod):
     "Alignment of studies, and of words with the patches that they group (SPARC)"
     config_class = SparcConfig
-    def __init__(self, config):
-        super().__init__(config)
-        self.patch_projection = TokenProjection(self.image_encoder.patch_dim, config.dim)
-        self.word_projection = TokenProjection(self.text_encoder.dim, config.dim)
-
     def terms(self, image, text):
         v, t = self.image_projection(image.pooled), self.text_projection(text.pooled)
         return {"global": lambda: info_nce(gather(v), gather(t), temperature=self.config.temperature), "local": lambda: self.local(image, text)}
 
     def local(self, image, text):
         "Words against their groups of patches, within each pair"
-        patches, words = self.patch_projection(image.patches), self.word_projection(text.words, text.mask)
+        patches, words = self.tokens(image, text)
         groups = group(words @ patches.mT, 1 / patches.shape[1]) @ patches
         return token_alignment(words, groups, text.mask, temperature=self.config.token_temperature)
 
     @torch.no_grad()
     def token_maps(self, image, text):
         "The groups of the words; and, read the other way round with a threshold of 1 over the report's words, of the patches"
-        patches, words = self.patch_projection(image.patches), self.word_projection(text.words, text.mask)
+        patches, words = self.tokens(image, text)
         similarity, fewest = words @ patches.mT, 1 / text.mask.sum(1).clamp(min=1)
         return group(similarity, 1 / patches.shape[1]).masked_fill(~text.mask[..., None], 0), group(similarity.mT, fewest[:, None, None], text.mask)
 

@@ -56,5 +56,5 @@ def load_scores(
 ) -> pd.DataFrame: # in the columns SCORES
     "The scores of some runs, all tasks"
     files = sorted(f for f in Path(folder).glob("*/*.csv") if f.stem in set(runs))
-    if missing := [r for r in runs if r not in {f.stem for f in files}]: raise FileNotFoundError(f"{folder}: no scores of {', '.join(missing)}. Run the probe and retrieve stages first.")
+    if missing := [r for r in runs if r not in {f.stem for f in files}]: raise FileNotFoundError(f"{folder}: no scores of {', '.join(missing)}. Run the evaluate stage first.")
     return pd.concat([pd.read_csv(f) for f in files], ignore_index=True)

@@ -172,7 +172,7 @@ def pretrain(
     args = training_arguments(folder, seed=seed, epochs=epochs, batch_size=batch_size, patience=patience, has_val=len(val) > 0, **arguments)
     args.per_device_eval_batch_size = max(1, min(batch_size, len(val)))
     if args.world_size > 1 and args.device.type == "cuda": model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)   # standardise over the whole batch, whichever GPU holds it
-    trainer = MethodTrainer(model, args, Collate(tokenizer, max_tokens), train, val if len(val) else None,
+    trainer = MethodTrainer(model, args, Collate(tokenizer, max_tokens, addresses=True), train, val if len(val) else None,
         callbacks=[Guard(), Curves(curves), Progress()] + ([EarlyStoppingCallback(patience)] if patience else []))
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
