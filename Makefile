@@ -3,6 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 PYTHON ?= python3
+JOBS ?= $(if $(wildcard /dev/nvidia0),1,$(shell getconf _NPROCESSORS_ONLN))
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint lock.txt
 
 .PHONY: help install weights repro ablations preset test lab export readme phantom lock
@@ -20,10 +21,18 @@ $(VENV)/weights: $(VENV)/installed
 	$(PIP) --editable '.[weights]'
 	touch $@
 
+# The runs (METHOD-SEED) of a pipeline, JOBS at a time; on a GPU one after the other. What is left is for the dvc repro that follows.
+define runs
+	@test $(JOBS) = 1 || { dvc repro prepare && stages=$$(dvc stage list --name-only $(1)) && printf '%s\n' $$stages | sed -n 's/.*@//p' | sort -u | \
+	xargs -P $(JOBS) -I RUN sh -c 'dvc --wait-for-lock repro $$(printf "%s\n" $$0 | grep "@RUN$$")' "$$stages"; }
+endef
+
 repro: install $(if $(PRESET),preset) ## run what has changed of the pipeline; PRESET=name puts presets/name.yaml in place of params.yaml first
+	$(call runs)
 	dvc repro
 
 ablations: install ## train the variants named under `ablations` in params.yaml, for a table in ablations/results
+	$(call runs,ablations/dvc.yaml)
 	dvc repro ablations/dvc.yaml
 
 preset: install

@@ -306,10 +306,13 @@ class Relay:
     def flush(self): self.out.flush()
 
 # %% ../nbs/run.ipynb #62ff6c8b
-def kernel_environment() -> dict[str, str]: # environment variables
+def kernel_environment(
+    threads:int|str="auto", # of the processor, for every numerical library; auto: as they like
+) -> dict[str, str]: # environment variables
     "What the kernel's environment must say for a run to be repeatable"
     paths = [f"{sys.prefix}/share/jupyter", *filter(None, os.environ.get("JUPYTER_PATH", "").split(os.pathsep))]
-    return dict(JUPYTER_PATH=os.pathsep.join(dict.fromkeys(paths)), PYTHONHASHSEED="0", PYTHONWARNINGS="ignore:IProgress not found", MPLBACKEND="module://matplotlib_inline.backend_inline")
+    return dict(JUPYTER_PATH=os.pathsep.join(dict.fromkeys(paths)), PYTHONHASHSEED="0", PYTHONWARNINGS="ignore:IProgress not found", MPLBACKEND="module://matplotlib_inline.backend_inline",
+                **({} if threads == "auto" else dict(OMP_NUM_THREADS=str(threads))))
 
 # %% ../nbs/run.ipynb #0205cea4
 def claim(
@@ -339,7 +342,7 @@ def run_stage(
     import papermill
     running, failed = claim(Path(notebook), Path(output))
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    os.environ.update(kernel_environment())
+    os.environ.update(kernel_environment(parameters.get("threads", "auto")))
     try: root = find_project()
     except FileNotFoundError: root = Path.cwd()
     try:
