@@ -24,7 +24,7 @@ $(VENV)/weights: $(VENV)/installed
 # The runs (METHOD-SEED) of a pipeline, JOBS at a time; on a GPU one after the other. What is left is for the dvc repro that follows.
 define runs
 	@test $(JOBS) = 1 || dvc status --quiet $(1) || { dvc repro prepare && stages=$$(dvc stage list --name-only $(1)) && printf '%s\n' $$stages | sed -n 's/.*@//p' | sort -u | \
-	xargs -P $(JOBS) -I RUN sh -c 'dvc --wait-for-lock repro $$(printf "%s\n" $$0 | grep "@RUN$$")' "$$stages"; }
+	xargs -P $(JOBS) -I RUN sh -c 'dvc --wait-for-lock repro --single-item $$(printf "%s\n" $$0 | grep "@RUN$$")' "$$stages"; }
 endef
 
 repro: install $(if $(PRESET),preset) ## run what has changed of the pipeline; PRESET=name puts presets/name.yaml in place of params.yaml first
