@@ -42,7 +42,7 @@ def test_the_page_makes_a_method(tmp_path):
     for _, text in blocks("yaml"): params = merge(params, yaml.load(text))
     with open(tmp_path/"params.yaml", "w") as f: yaml.dump(params, f)
     run("-m", "medvlp.run", "--check", "--code", "code")
-    behind = {f.stem for f in (tmp_path/"code").iterdir() if "methods/sigmoid.py" in f.read_text()}
+    behind = {f.stem for f in (tmp_path/"code").rglob("*.txt") if "methods/sigmoid.py" in f.read_text()}
     assert "pretrain@sigmoid-0" in behind and all("@sigmoid-" in stage for stage in behind)    # no other run depends on it
 
     prepare(write_studies(tmp_path/"data"), tmp_path/"prepared")
