@@ -32,16 +32,16 @@ def unpatchify(
     if rows * cols != N or D % patch_size**2: raise ValueError(f"unpatchify: {N} patches of {D} numbers are no {rows} x {cols} grid of patches of {patch_size} x {patch_size} pixels")
     return patches.reshape(B, rows, cols, patch_size, patch_size, -1).permute(0, 5, 1, 3, 2, 4).reshape(B, -1, rows * patch_size, cols * patch_size)
 
-# %% ../../nbs/3_losses/05_masked.ipynb #be04caa4
+# %% ../../nbs/3_losses/05_masked.ipynb #1ffa9734
 def share_mean(
     total:Tensor, # scalar, this process's sum
-    count:int|Tensor, # how many numbers it sums up
+    count:int, # how many numbers it sums up
 ) -> Tensor: # scalar; its mean over the processes is the mean of all numbers, 0 if there are none
     "The mean of numbers that are spread unevenly over processes"
     count, processes = all_reduce(total.new_tensor([count, 1]), "SUM")
     return total * processes / count.clamp(min=1)
 
-# %% ../../nbs/3_losses/05_masked.ipynb #ce8b17db
+# %% ../../nbs/3_losses/05_masked.ipynb #919a3d92
 def pixel_loss(
     prediction:Tensor, # [B,N,p*p*C], a decoder's guesses
     images:Tensor, # [B,C,H,W], the truth
@@ -52,9 +52,9 @@ def pixel_loss(
     "Squared error of the hidden patches (MPMA Eq. 1)"
     target, mask = patchify(images, patch_size), mask.bool()
     if prediction.shape != target.shape or mask.shape != target.shape[:2]: raise ValueError(f"pixel_loss: prediction is {tuple(prediction.shape)} and mask {tuple(mask.shape)}, for these images they must be {tuple(target.shape)} and {tuple(target.shape[:2])}")
-    target = target[mask].to(torch.promote_types(prediction.dtype, torch.float32))
-    if normalise: target = (target - target.mean(1, keepdim=True)) / (target.var(1, keepdim=True) + 1e-6).sqrt()
-    return share_mean((prediction[mask] - target).square().mean(1).sum(), len(target))
+    target = target.to(torch.promote_types(prediction.dtype, torch.float32))
+    if normalise: target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
+    return share_mean((prediction[mask] - target[mask]).square().mean(1).sum(), int(mask.sum()))
 
 # %% ../../nbs/3_losses/05_masked.ipynb #828a0edb
 def word_loss(
