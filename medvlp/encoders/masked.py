@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATCHES', 'WORDS', 'GAMMA', 'signed', 'mix', 'addressed_noise', 'check_ratio', 'patch_mask', 'hidden_words',
-           'mask_words', 'keep_visible', 'check_visible', 'encode_visible']
+           'mask_words', 'keep_visible', 'patches_of', 'check_visible', 'encode_visible']
 
 # %% ../../nbs/2_encoders/03_masked.ipynb #c06ce376
 import torch
@@ -101,16 +101,21 @@ def keep_visible(
     places = torch.cat([torch.arange(prefix, device=mask.device).expand(len(mask), -1), places + prefix], 1)
     return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))
 
-# %% ../../nbs/2_encoders/03_masked.ipynb #5371f418
+# %% ../../nbs/2_encoders/03_masked.ipynb #06974bc4
+def patches_of(
+    encoder:ImageEncoder, # with a vision transformer of timm
+) -> int: # N
+    "How many patches an encoder that can leave some out has; `ValueError` with a remedy for one that cannot"
+    if not isinstance(encoder.net, VisionTransformer): raise ValueError(f"masked patches: a {type(encoder.net).__name__} cannot leave patches out of an image. Choose a ViT as image_encoder.name, e.g. vit_tiny_patch16_224.")
+    if not isinstance(encoder.net.patch_drop, torch.nn.Identity): raise ValueError("masked patches: the image encoder drops patches itself. Leave image_encoder.patch_drop_rate out.")
+    return encoder.net.patch_embed.num_patches
+
 def check_visible(
     encoder:ImageEncoder,
     mask:Tensor, # [B,N] bool
 ):
-    "Refuse an encoder that cannot leave patches out, and a mask that does not fit it"
-    if not isinstance(encoder.net, VisionTransformer): raise ValueError(f"masked patches: a {type(encoder.net).__name__} cannot leave patches out of an image. Choose a ViT as image_encoder.name, e.g. vit_tiny_patch16_224.")
-    if not isinstance(encoder.net.patch_drop, torch.nn.Identity): raise ValueError("masked patches: the image encoder drops patches itself. Leave image_encoder.patch_drop_rate out.")
-    N = encoder.net.patch_embed.num_patches
-    if mask.shape[1] != N: raise ValueError(f"masked patches: the mask has {mask.shape[1]} patches, the image encoder {N}")
+    "Refuse a mask that does not fit the encoder"
+    if mask.shape[1] != (N := patches_of(encoder)): raise ValueError(f"masked patches: the mask has {mask.shape[1]} patches, the image encoder {N}")
     if len(mask.sum(1).unique()) > 1: raise ValueError("masked patches: the rows of the mask hide different numbers of patches. Hide the same number in each, as patch_mask does.")
 
 # %% ../../nbs/2_encoders/03_masked.ipynb #eb5451c4
