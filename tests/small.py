@@ -38,8 +38,10 @@ def train(folder, run, method="convirt", seed=0):
     folder = Path(folder)
     studies = {s: load_studies(folder/"prepared", s, paired=True) for s in ("train", "val")}
     tokenizer = reports_tokenizer(studies["train"], ["findings"], 100)
+    image, options = dict(name="resnet10t", image_size=32), {}
+    if method == "mpma": image, options = dict(name="vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2), dict(rows=16, heads=2, slots=4, decoder_dim=32, decoder_heads=2, decoder_layers=1)
     set_seed(seed)
-    model = build_method(method, dict(name="resnet10t", image_size=32), dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64), len(tokenizer), dim=16)
+    model = build_method(method, image, dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64), len(tokenizer), dim=16, **options)
     pretrain(model, tokenizer, studies, folder/run/"model", folder/run/"curves", folder/run/"checkpoints", seed=seed, epochs=10, batch_size=8, sections=["findings"],
              learning_rate=1e-3, weight_decay=.05, warmup=.1, checkpoint_steps=3, log_steps=1, device="cpu", precision="fp32")
 
