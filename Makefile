@@ -37,7 +37,7 @@ ablations: install ## train the variants named under `ablations` in params.yaml,
 
 preset: install
 	@test -f presets/$(PRESET).yaml || { echo "presets/$(PRESET).yaml: no such preset. There are: $(basename $(notdir $(wildcard presets/*.yaml)))"; exit 2; }
-	$(if $(shell grep -s 'package:' presets/$(PRESET).yaml),$(MAKE) weights)
+	$(if $(shell grep -s '^ .*package:' presets/$(PRESET).yaml),$(MAKE) weights)
 	cp presets/$(PRESET).yaml params.yaml
 
 test: install ## notebooks' own tests, then pytest; FLAGS="slow cuda" adds the flagged ones
