@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['standardise', 'ImageTokens', 'ReporterConfig', 'Reporter', 'build_reporter', 'tidy', 'save_reporter', 'load_reporter']
 
-# %% ../../nbs/5_generation/02_reporter.ipynb #65e928d0
+# %% ../../nbs/5_generation/02_reporter.ipynb #94c08007
 import copy, re
 from pathlib import Path
-import torch
+import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, BertLMHeadModel, DynamicCache, EncoderDecoderCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -16,14 +16,14 @@ from transformers.utils import logging
 from ..data.words import load_tokenizer
 from ..encoders.image import ImageEncoder
 
-# %% ../../nbs/5_generation/02_reporter.ipynb #3856aa1f
+# %% ../../nbs/5_generation/02_reporter.ipynb #ef7fc8fe
 def standardise(
     norm:nn.BatchNorm1d, # without weights
     x:Tensor, # [M,D]
 ) -> Tensor: # [M,D]
     "Each feature to mean 0 and spread 1 over the rows; a single row has no spread, and takes what earlier ones showed"
     alone = norm.training and len(x) == 1
-    return nn.functional.batch_norm(x, norm.running_mean, norm.running_var) if alone else norm(x)
+    return F.batch_norm(x, norm.running_mean, norm.running_var) if alone else norm(x)
 
 # %% ../../nbs/5_generation/02_reporter.ipynb #1647533a
 class ImageTokens(nn.Module):
@@ -45,7 +45,7 @@ class ImageTokens(nn.Module):
         patches = self.patch(standardise(self.patch_scale, features.patches.flatten(0, 1))).unflatten(0, features.patches.shape[:2])
         return torch.cat([whole, patches], 1) + self.place
 
-# %% ../../nbs/5_generation/02_reporter.ipynb #1e8c84c3
+# %% ../../nbs/5_generation/02_reporter.ipynb #7b2a896d
 class ReporterConfig(PreTrainedConfig):
     model_type = "reporter"
     image: dict|None = None     # arguments of ImageEncoder
@@ -56,6 +56,7 @@ class Reporter(PreTrainedModel):
     "An image encoder and a decoder that writes about what it sees"
     config_class, main_input_name = ReporterConfig, "images"
     accepts_loss_kwargs = False
+    _keys_to_ignore_on_save = ["decoder.cls.predictions.decoder.weight", "decoder.cls.predictions.decoder.bias"]   # the word embeddings once more, and a bias that stands beside
     def __init__(self, config):
         super().__init__(config)
         self.encoder = ImageEncoder(**config.image)
@@ -85,8 +86,8 @@ class Reporter(PreTrainedModel):
         labels:Tensor, # [B,T] token numbers from [CLS] to [SEP], -100 on padding
     ) -> dict: # loss: scalar; logits [B,T,V], of the token after each
         real = labels != -100
-        out = self.decoder(labels.where(real, self.decoder.config.pad_token_id), real.long(), encoder_hidden_states=self.read(images), labels=labels)
-        return dict(loss=out.loss, logits=out.logits)
+        logits = self.decoder(labels.where(real, self.decoder.config.pad_token_id), real.long(), encoder_hidden_states=self.read(images), use_cache=False).logits
+        return dict(loss=F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), logits=logits)
 
 AutoConfig.register("reporter", ReporterConfig, exist_ok=True)
 
