@@ -143,6 +143,7 @@ def save_reporter(
     folder:str|Path,
 ) -> None:
     "Weights, configuration and tokenizer into one folder"
+    logging.disable_progress_bar()
     model.save_pretrained(folder); tokenizer.save_pretrained(folder)
 
 def load_reporter(

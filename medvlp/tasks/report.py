@@ -6,17 +6,17 @@
 __all__ = ['reported', 'texts', 'ReportCollate', 'ReportProgress', 'optimizer', 'train_reporter', 'write_reports',
            'common_report', 'nearest_rows', 'pooled', 'report_table', 'report_scores']
 
-# %% ../../nbs/8_tasks/09_report.ipynb #e2617c18
+# %% ../../nbs/8_tasks/09_report.ipynb #1863ae3e
 import tempfile
 from collections.abc import Callable
 import numpy as np, pandas as pd, torch
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.preprocessing import normalize
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
 from ..data.batches import StudyDataset
 from ..data.images import eval_transform, train_transform
 from ..data.reports import count_words, report_text
@@ -71,7 +71,7 @@ def optimizer(
     groups = [dict(params=[p for p in model.parameters() if p.requires_grad and (id(p) in inside) == own], lr=rate) for own, rate in ((True, encoder_learning_rate), (False, learning_rate))]
     return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=weight_decay)
 
-# %% ../../nbs/8_tasks/09_report.ipynb #6a80c09e
+# %% ../../nbs/8_tasks/09_report.ipynb #2acdaa74
 def train_reporter(
     encoder, # of encoders.image; stays as it is, a copy is trained
     image:dict, # its arguments, `config.image` of the method
@@ -86,6 +86,7 @@ def train_reporter(
     device:str="auto", **budget, # epochs, batch_size, workers, for tasks.finetune.finetune_arguments
 ) -> Reporter: # in evaluation mode
     "Teach a fresh decoder to write the training reports from their images"
+    logging.disable_progress_bar()
     set_seed(seed)
     model = build_reporter(encoder, image, tokenizer, max_tokens, encoder_learning_rate == 0, **sizes)
     moves = dict(train=train_transform(image["image_size"], degrees, contrast), val=eval_transform(image["image_size"]))
