@@ -8,7 +8,7 @@ __all__ = ['ARTICLES', 'MAJORITIES', 'MEASURES', 'NAMES', 'normalise_answer', 'q
            'Bar', 'optimizer', 'fit', 'predict', 'pick', 'Answers', 'train_answers', 'majority', 'answer_table',
            'answer_scores']
 
-# %% ../../nbs/8_tasks/11_answer.ipynb #80de9a93
+# %% ../../nbs/8_tasks/11_answer.ipynb #810c42bb
 import copy, re, tempfile, unicodedata
 from collections import Counter
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 from ..data.batches import StudyDataset
-from ..data.images import eval_transform, train_transform
+from ..data.images import address, eval_transform, train_transform
 from ..data.words import encode
 from ..encoders.features import TextFeatures, grid_boxes
 from ..encoders.text import masked_mean
@@ -85,7 +85,7 @@ def why_not(
     if len(known) < 2: return f"Answers that occur at least min_count = {min_count} times in training: {', '.join(known) or 'none'}; two are needed to choose from. Lower min_count, or bring more questions."
     return "" if test.patient_id.nunique() > 1 else "All test questions are about one patient, intervals need at least two."
 
-# %% ../../nbs/8_tasks/11_answer.ipynb #365f4752
+# %% ../../nbs/8_tasks/11_answer.ipynb #e472f8eb
 class QuestionStudies(Dataset):
     "Studies with their questions, addressed like the studies of data.batches"
     def __init__(self,
@@ -93,12 +93,14 @@ class QuestionStudies(Dataset):
         asked:list[pd.DataFrame], # their questions, of `question_table`
         answers:list[str], # of `answer_vocabulary`
         questions_per_study:int=0, # at most so many, drawn anew each epoch; 0: all
-    ): self.items, self.asked, self.most, self.number = items, asked, questions_per_study, {a: i for i, a in enumerate(answers)}
+        blind:bool=False, # for a model that does not look: no image is read
+    ): self.items, self.asked, self.most, self.blind, self.number = items, asked, questions_per_study, blind, {a: i for i, a in enumerate(answers)}
     def __len__(self): return len(self.items)
     def __getitem__(self, key):
-        item, asked = self.items[key], self.asked[key[1] if isinstance(key, tuple) else key]
-        if self.most: asked = asked.iloc[torch.randperm(len(asked), generator=torch.Generator().manual_seed(item["address"]))[:self.most].sort().values.numpy()]
-        return dict(image=item["image"], questions=list(asked.question), labels=[self.number.get(a, -100) for a in asked.answer])
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        image, asked = torch.zeros(1, 1, 1) if self.blind else self.items[key]["image"], self.asked[i]
+        if self.most: asked = asked.iloc[torch.randperm(len(asked), generator=torch.Generator().manual_seed(address(self.items.seed, epoch, i)))[:self.most].sort().values.numpy()]
+        return dict(image=image, questions=list(asked.question), labels=[self.number.get(a, -100) for a in asked.answer])
 
 # %% ../../nbs/8_tasks/11_answer.ipynb #72387c9d
 def question_studies(
@@ -272,7 +274,7 @@ def pick(
     barred = yes_no & np.asarray(closed, bool)[:, None] & ~np.isin(answers, ["yes", "no"]) & bool({"yes", "no"} & set(answers))
     return np.asarray(answers, dtype=object)[np.where(barred, -np.inf, logits).argmax(1)]
 
-# %% ../../nbs/8_tasks/11_answer.ipynb #5ed2688c
+# %% ../../nbs/8_tasks/11_answer.ipynb #91c2c4af
 class Answers(NamedTuple):
     "What training gave: the model, the test questions with the answers `given` and `blind`, and what was left out"
     model: Answerer
@@ -296,10 +298,10 @@ def train_answers(
     table, size = hold_out(table, val_share, seed), net.config.image["image_size"]
     answers = answer_vocabulary(table.answer[table.split == "train"], min_count)
     part = {s: table[(table.split == s) & (table.answer.isin(answers) | (s == "test"))].sort_values("study", kind="stable") for s in ("train", "val", "test")}
-    collate, make = CollateQuestions(tokenizer, max_tokens), lambda s, t, **o: question_studies(studies, part[s], t, answers, seed=seed, **o)
-    train, (val, test) = make("train", train_transform(size, degrees, contrast), questions_per_study=questions_per_study), (make(s, eval_transform(size)) for s in ("val", "test"))
+    collate, moves = CollateQuestions(tokenizer, max_tokens), dict(train=train_transform(size, degrees, contrast))
     def run(blind):
         set_seed(seed)
+        train, val, test = (question_studies(studies, t, moves.get(s, eval_transform(size)), answers, seed=seed, questions_per_study=questions_per_study * (s == "train"), blind=blind) for s, t in part.items())
         model = Answerer(net.image_encoder, net.text_encoder, len(answers), size, dim, heads, slots, dropout, frozen=budget.get("encoder_learning_rate") == 0, blind=blind)
         fit(model, train, val, collate, seed=seed, **budget)
         return model, pick(predict(model, test, collate), answers, part["test"].closed, yes_no)
