@@ -80,7 +80,7 @@ def answer_lines(
     wrap = lambda text, lines: "\n".join(textwrap.wrap(text.replace("$", r"\$"), width, max_lines=lines, placeholder=" …"))
     return "\n".join([wrap(e["question"], 3), wrap(f"truth: {e['answer']}", 2), wrap(f"answer: {e['given']}", 2) + ("  ✓" if e["given"] == e["answer"] else "  ✗")])
 
-# %% ../../nbs/9_figures/09_answers.ipynb #27e46246
+# %% ../../nbs/9_figures/09_answers.ipynb #a03e95d9
 RIGHT, WRONG = "#0b7a4b", "#b3261e"
 
 @figure_style()
@@ -97,7 +97,9 @@ def plot_answers(
     for ax in axes.flat: ax.axis("off")
     for ax, e in zip(axes.flat, shown):
         drawn = draw_map(ax, e["image"], e["map"], e["grid"], top)
-        ax.set_title(answer_lines(e), fontsize=7, loc="left", y=-.02, va="top", linespacing=1.3, color=RIGHT if e["given"] == e["answer"] else WRONG)
+        ax.axis("on"); ax.spines[:].set_visible(False)
+        ax.set(xticks=[], yticks=[])
+        ax.set_xlabel(answer_lines(e), fontsize=7, loc="left", linespacing=1.3, color=RIGHT if e["given"] == e["answer"] else WRONG)
     fig.colorbar(drawn, ax=axes, label=LABEL, shrink=.6, aspect=30)
     if title: fig.suptitle(title, fontsize=10)
     return fig
