@@ -23,7 +23,7 @@ $(VENV)/weights: $(VENV)/installed
 
 # The runs (METHOD-SEED) of a pipeline, JOBS at a time; on a GPU one after the other. What is left is for the dvc repro that follows.
 define runs
-	@test $(JOBS) = 1 || dvc status --quiet $(1) || { dvc repro prepare && stages=$$(dvc stage list --name-only $(1)) && printf '%s\n' $$stages | sed -n 's/.*@//p' | sort -u | \
+	@test $(JOBS) = 1 || dvc status --quiet $(or $(1),dvc.yaml) || { dvc repro prepare && stages=$$(dvc stage list --name-only $(1)) && printf '%s\n' $$stages | sed -n 's/.*@//p' | sort -u | \
 	xargs -P $(JOBS) -I RUN sh -c 'dvc --wait-for-lock repro --single-item $$(printf "%s\n" $$0 | grep "@RUN$$")' "$$stages"; }
 endef
 
