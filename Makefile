@@ -21,9 +21,9 @@ $(VENV)/weights: $(VENV)/installed
 	$(PIP) --editable '.[weights]'
 	touch $@
 
-# The runs (METHOD-SEED) of a pipeline, JOBS at a time; on a GPU one after the other. What is left is for the dvc repro that follows.
+# The runs (METHOD-SEED) of a pipeline, JOBS at a time, the last of params.yaml first (they take longest); on a GPU one after the other. What is left is for the dvc repro that follows.
 define runs
-	@test $(JOBS) = 1 || dvc status --quiet $(or $(1),dvc.yaml) || { dvc repro prepare && stages=$$(dvc stage list --name-only $(1)) && printf '%s\n' $$stages | sed -n 's/.*@//p' | sort -u | \
+	@test $(JOBS) = 1 || dvc status --quiet $(or $(1),dvc.yaml) || { dvc repro prepare && stages=$$(dvc stage list --name-only $(1)) && printf '%s\n' $$stages | sed -n 's/.*@//p' | tac | awk '!seen[$$0]++' | \
 	xargs -P $(JOBS) -I RUN sh -c 'dvc --wait-for-lock repro --single-item $$(printf "%s\n" $$0 | grep "@RUN$$")' "$$stages"; }
 endef
 
@@ -53,7 +53,8 @@ export: install ## notebooks to package, then clean them
 
 readme: install ## README.md from nbs/index.ipynb, and the pictures it shows from the last run of the demo
 	mkdir -p nbs/images
-	cp $(addprefix reports/figures/,samples.png tsne.png curves.png words-mgca.png clusters-mgca.png thresholds.png) results/scoreboard.png nbs/images/
+	cp $(addprefix reports/figures/,samples.png tsne.png curves.png words-mgca.png clusters-mgca.png thresholds.png reconstruction-mpma.png) results/scoreboard.png nbs/images/
+	cp reports/answers/mpma-0.png nbs/images/answers-mpma.png
 	jupyter nbconvert --log-level WARN --execute --no-input --to markdown nbs/index.ipynb --output-dir . --output README
 	sed -i -E 's#\]\(([1-9]_|stages|images|own_method)#](nbs/\1#g' README.md
 

@@ -59,9 +59,10 @@ def reports_tokenizer(
     vocab_size:int, # where a vocabulary is trained
     name:str|None=None, # of a published text encoder, whose vocabulary is taken
 ):
-    "The tokenizer for a text encoder, loaded by name or trained on the reports"
+    "The tokenizer for a text encoder, loaded by name or trained on the reports, or on the training questions where there is no report"
     if name: return load_tokenizer(name)
-    return train_tokenizer([report_text(s, sections) for s in studies.select_columns(["findings", "impression"])], vocab_size)
+    texts = [t for s in studies.select_columns(["findings", "impression"]) if (t := report_text(s, sections))]
+    return train_tokenizer(texts or [q["question"] for asked in studies["questions"] for q in asked if q["split"] in ("", "train")], vocab_size)
 
 # %% ../../nbs/1_data/03_words.ipynb #68d713b8
 def encode(

@@ -78,37 +78,42 @@ class ImageEncoder(nn.Module):
         if patch_stride in found: return found[patch_stride]
         raise ValueError(f"image encoder {name!r} has no feature map with patch_stride {patch_stride}. " + (f"Its strides: {', '.join(map(str, found))}." if found else "Its patches are its tokens: leave patch_stride out."))
 
-    def normalise(self,
-        images:Tensor, # [B,1,H,W] or [B,in_chans,H,W] in 0..1
-    ) -> Tensor: # [B,in_chans,H,W]
-        "Subtract the mean and divide by the spread that the weights expect"
-        mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
-        return (images.expand(-1, self.in_chans, -1, -1) - mean) / std
+# %% ../../nbs/2_encoders/01_image.ipynb #f3f040fd
+@patch
+def normalise(self:ImageEncoder,
+    images:Tensor, # [B,1,H,W] or [B,in_chans,H,W] in 0..1
+) -> Tensor: # [B,in_chans,H,W]
+    "Subtract the mean and divide by the spread that the weights expect"
+    mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+    return (images.expand(-1, self.in_chans, -1, -1) - mean) / std
 
-    def forward(self,
-        images:Tensor, # [B,1,H,W] in 0..1
-    ) -> ImageFeatures:
-        seen = []
-        hook = self.net.blocks[-1].attn.register_forward_pre_hook(lambda m, args: seen.append(args[0])) if self.saliency else None
-        try: maps, chosen = self.feature_maps(self.normalise(images))
-        finally:
-            if hook: hook.remove()
-        saliency = class_attention(self.net.blocks[-1].attn, seen[0], self.prefix) if seen else None
-        return ImageFeatures(self.net.forward_head(maps, pre_logits=True), *self.patches(chosen), saliency)
+@patch
+def forward(self:ImageEncoder,
+    images:Tensor, # [B,1,H,W] in 0..1
+) -> ImageFeatures:
+    seen = []
+    hook = self.net.blocks[-1].attn.register_forward_pre_hook(lambda m, args: seen.append(args[0])) if self.saliency else None
+    try: maps, chosen = self.feature_maps(self.normalise(images))
+    finally:
+        if hook: hook.remove()
+    saliency = class_attention(self.net.blocks[-1].attn, seen[0], self.prefix) if seen else None
+    return ImageFeatures(self.net.forward_head(maps, pre_logits=True), *self.patches(chosen), saliency)
 
-    def feature_maps(self,
-        x:Tensor, # [B,in_chans,H,W], normalised
-    ): # the last map, and that which patches come from
-        if self.stage is None: return (maps := self.net.forward_features(x)), maps
-        maps, (chosen,) = self.net.forward_intermediates(x, indices=[self.stage])
-        return maps, chosen
+@patch
+def feature_maps(self:ImageEncoder,
+    x:Tensor, # [B,in_chans,H,W], normalised
+): # the last map, and that which patches come from
+    if self.stage is None: return (maps := self.net.forward_features(x)), maps
+    maps, (chosen,) = self.net.forward_intermediates(x, indices=[self.stage])
+    return maps, chosen
 
-    def patches(self,
-        maps:Tensor, # [B,D,rows,cols] of a convolutional net, or [B,P+N,D] of a ViT; D is `patch_dim`
-    ): # [B,N,D] and (rows, cols)
-        "Feature map to a row of patches"
-        if maps.dim() == 4: return maps.flatten(2).transpose(1, 2), tuple(maps.shape[2:])
-        return maps[:, self.prefix:], tuple(self.net.patch_embed.grid_size)
+@patch
+def patches(self:ImageEncoder,
+    maps:Tensor, # [B,D,rows,cols] of a convolutional net, or [B,P+N,D] of a ViT; D is `patch_dim`
+): # [B,N,D] and (rows, cols)
+    "Feature map to a row of patches"
+    if maps.dim() == 4: return maps.flatten(2).transpose(1, 2), tuple(maps.shape[2:])
+    return maps[:, self.prefix:], tuple(self.net.patch_embed.grid_size)
 
 # %% ../../nbs/2_encoders/01_image.ipynb #ca3dc898
 @patch

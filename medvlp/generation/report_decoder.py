@@ -7,6 +7,7 @@ __all__ = ['ReportDecoder']
 
 # %% ../../nbs/5_generation/01_report_decoder.ipynb #87526e5f
 import torch, torch.nn.functional as F
+from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from ..fusion.memory import unseen
 from ..losses.tokenwise import real_tokens
@@ -27,7 +28,8 @@ class ReportDecoder(nn.Module):
         self.pieces, self.places, self.before = nn.Embedding(vocab_size + 1, width), nn.Embedding(max_tokens, width), nn.LayerNorm(width)
         self.layers = nn.ModuleList(nn.TransformerDecoderLayer(width, heads, 4 * width, dropout=0., activation="gelu", batch_first=True, norm_first=True) for _ in range(depth))
         self.after, self.bias = nn.LayerNorm(width), nn.Parameter(torch.zeros(vocab_size))
-        for table in (self.pieces, self.places): nn.init.normal_(table.weight, std=.02)
+        nn.init.normal_(self.pieces.weight, std=.1)
+        with torch.no_grad(): self.places.weight.copy_(.1 * build_sincos2d_pos_embed([max_tokens], 2 * width))
 
     def embed(self,
         ids:Tensor, # [B,T] int64, pieces; `mask_id` in the gaps

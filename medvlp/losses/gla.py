@@ -8,10 +8,10 @@ __all__ = ['row_vectors', 'row_scores', 'global_alignment', 'check_studies', 'lo
 
 # %% ../../nbs/3_losses/06_gla.ipynb #7f8a873b
 import math
+from functools import partial
 import torch, torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-from .pairwise import BLOCK, both_ways, check_pairs, context_lengths, gathered_scores
+from .pairwise import blockwise, both_ways, check_pairs, context_lengths, gathered_scores
 from .tokenwise import real_tokens
 
 # %% ../../nbs/3_losses/06_gla.ipynb #a384e39a
@@ -57,12 +57,13 @@ def check_studies(
 
 # %% ../../nbs/3_losses/06_gla.ipynb #84b6a594
 def local_block(
-    patches:Tensor, # [A,N,d] of length 1
-    words:Tensor, # [B,L,d] of length 1, or 0 on padding
+    patches:Tensor, # [A,N,d]
+    words:Tensor, # [B,L,d], 0 on padding
     mask:Tensor, # [B,L] bool
     word_temperature:float, sum_temperature:float, agg:str,
 ) -> Tensor: # [A,B]
     "Scores of some reports on all images, at once"
+    patches, words = F.normalize(patches, dim=-1), F.normalize(words, dim=-1)
     similarity = torch.einsum("and,bld->abln", patches, words)
     attention = (similarity / word_temperature).softmax(-1)
     cosines = (attention * similarity).sum(-1) / context_lengths(attention, patches)
@@ -83,12 +84,7 @@ def local_scores(
     "How well the words of every report find themselves on every image (MPMA Eq. 7-8)"
     check_pairs(patches, words, mask, word_temperature=word_temperature, sum_temperature=sum_temperature)
     if agg not in ("sum", "mean"): raise ValueError(f"local_scores: agg is {agg!r}, use sum or mean")
-    reports = reports or max(1, BLOCK // (len(patches) * words.shape[1] * patches.shape[1]))
-    with torch.autocast(patches.device.type, enabled=False):
-        patches, words = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (patches, real_tokens(words, mask)))
-        blocks = [(patches, w, m, word_temperature, sum_temperature, agg) for w, m in zip(words.split(reports), mask.split(reports))]
-        if len(blocks) == 1 or not torch.is_grad_enabled(): return torch.cat([local_block(*b) for b in blocks], 1)
-        return torch.cat([checkpoint(local_block, *b, use_reentrant=False, preserve_rng_state=False) for b in blocks], 1)
+    return blockwise(partial(local_block, word_temperature=word_temperature, sum_temperature=sum_temperature, agg=agg), patches, words, mask, reports)
 
 # %% ../../nbs/3_losses/06_gla.ipynb #cd986b9b
 def local_alignment(

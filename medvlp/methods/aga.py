@@ -8,6 +8,7 @@ __all__ = ['AgaConfig', 'Aga']
 # %% ../../nbs/6_methods/05_aga.ipynb #faeacd32
 from functools import cache
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 from ..encoders.features import ImageFeatures, TextFeatures
@@ -49,33 +50,38 @@ class Aga(TokenMethod):
             "iga": lambda: group_alignment(*grouped(), mask, temperature=c.token_temperature),
             "bcga": lambda: cross_token_alignment(*grouped()[2:], mask, words_to_patches=self.words_to_patches, patches_to_words=self.patches_to_words, temperature=c.group_temperature)}
 
-    def groups(self,
-        image:ImageFeatures, # N patches
-        text:TextFeatures, # L words
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # patches [B,N,d]; words [B,L,d]; weights of patches in each word's group [B,L,N], of words in each patch's [B,N,L]
-        "Tokens in the joint space and how they are grouped; in training the gates move"
-        patches, words = self.tokens(image, text)
-        similarity = words @ patches.mT
-        of_words = group(similarity, self.gate_tg(similarity, rows=text.mask))
-        return patches, words, of_words, group(similarity.mT, self.gate_vg(similarity.mT, mask=text.mask), text.mask)
+# %% ../../nbs/6_methods/05_aga.ipynb #466b6d54
+@patch
+def groups(self:Aga,
+    image:ImageFeatures, # N patches
+    text:TextFeatures, # L words
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: # patches [B,N,d]; words [B,L,d]; weights of patches in each word's group [B,L,N], of words in each patch's [B,N,L]
+    "Tokens in the joint space and how they are grouped; in training the gates move"
+    patches, words = self.tokens(image, text)
+    similarity = words @ patches.mT
+    of_words = group(similarity, self.gate_tg(similarity, rows=text.mask))
+    return patches, words, of_words, group(similarity.mT, self.gate_vg(similarity.mT, mask=text.mask), text.mask)
 
-    def grouped(self,
-        image:ImageFeatures, # N patches
-        text:TextFeatures, # L words
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # [B,N,d], [B,L,d], [B,N,d], [B,L,d]
-        "Patches, words, and the embeddings of their groups: PGL of the patches, TGV of the words"
-        patches, words, of_words, of_patches = self.groups(image, text)
-        return patches, words, of_patches @ words, of_words @ patches
+@patch
+def grouped(self:Aga,
+    image:ImageFeatures, # N patches
+    text:TextFeatures, # L words
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: # [B,N,d], [B,L,d], [B,N,d], [B,L,d]
+    "Patches, words, and the embeddings of their groups: PGL of the patches, TGV of the words"
+    patches, words, of_words, of_patches = self.groups(image, text)
+    return patches, words, of_patches @ words, of_words @ patches
 
-    def curves(self) -> dict[str, float]: # sigma_tg, sigma_vg
-        "The thresholds as they stand"
-        return dict(sigma_tg=self.gate_tg.sigma.item(), sigma_vg=self.gate_vg.sigma.item())
+@patch
+def curves(self:Aga) -> dict[str, float]: # sigma_tg, sigma_vg
+    "The thresholds as they stand"
+    return dict(sigma_tg=self.gate_tg.sigma.item(), sigma_vg=self.gate_vg.sigma.item())
 
-    @torch.no_grad()
-    def token_maps(self, image, text):
-        "The groups of the words and of the patches"
-        _, _, of_words, of_patches = self.groups(image, text)
-        return of_words.masked_fill(~text.mask[..., None], 0), of_patches
+@patch
+@torch.no_grad()
+def token_maps(self:Aga, image, text):
+    "The groups of the words and of the patches"
+    _, _, of_words, of_patches = self.groups(image, text)
+    return of_words.masked_fill(~text.mask[..., None], 0), of_patches
 
 AutoConfig.register("aga", AgaConfig, exist_ok=True)
 AutoModel.register(AgaConfig, Aga, exist_ok=True)

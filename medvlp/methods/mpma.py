@@ -9,10 +9,10 @@ __all__ = ['MpmaConfig', 'Mpma', 'check_vit']
 from functools import cache
 import torch
 from fastcore.basics import patch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
-from ..encoders.masked import encode_visible, mask_words, patch_mask
+from ..encoders.image import ImageEncoder
+from ..encoders.masked import encode_visible, mask_words, patch_mask, patches_of
 from ..fusion.memory import Fusion
 from ..generation.decoders import ImageDecoder
 from ..generation.report_decoder import ReportDecoder
@@ -52,7 +52,7 @@ class Mpma(TokenMethod):
     config_class = MpmaConfig
     def __init__(self, config):
         super().__init__(config)
-        check_vit(config, self.image_encoder.net)
+        check_vit(config, self.image_encoder)
         c, embed, text = config, self.image_encoder.net.patch_embed, config.text["config"]
         self.image_projection = self.text_projection = None     # no vector of a whole study
         self.patch_size = embed.patch_size[0]
@@ -85,59 +85,68 @@ class Mpma(TokenMethod):
             "global": lambda: ramp * global_alignment(self.rows(tokens()[0]), tokens()[1], text.mask, temperature=c.temperature),
             "local": lambda: ramp * local_alignment(*tokens(), text.mask, word_temperature=c.word_temperature, sum_temperature=c.sum_temperature, batch_temperature=c.batch_temperature, agg=c.agg)}
 
-    def masks(self,
-        input_ids:Tensor, word_ids:Tensor, # [B,T]
-        addresses:Tensor|None, # [B] int64
-    ) -> tuple[Tensor, Tensor, Tensor]: # hidden patches [B,N] bool; ids with gaps [B,T]; labels [B,T], -100 where there is no gap
-        "What is hidden of each study"
-        if addresses is None: addresses = torch.arange(len(input_ids), device=input_ids.device)
-        return patch_mask(addresses, self.rows.in_channels, self.config.image_ratio), *mask_words(input_ids, word_ids, addresses, self.config.text_ratio, self.report_decoder.mask_id)
+# %% ../../nbs/6_methods/06_mpma.ipynb #e1d52b64
+@patch
+def masks(self:Mpma,
+    input_ids:Tensor, word_ids:Tensor, # [B,T]
+    addresses:Tensor|None, # [B] int64
+) -> tuple[Tensor, Tensor, Tensor]: # hidden patches [B,N] bool; ids with gaps [B,T]; labels [B,T], -100 where there is no gap
+    "What is hidden of each study"
+    if addresses is None: addresses = torch.arange(len(input_ids), device=input_ids.device)
+    return patch_mask(addresses, self.rows.in_channels, self.config.image_ratio), *mask_words(input_ids, word_ids, addresses, self.config.text_ratio, self.report_decoder.mask_id)
 
-    def pixels(self,
-        visible:Tensor, # [B,P+V,D] of encode_visible
-        hidden:Tensor, # [B,N] bool
-    ) -> Tensor: # [B,N,p*p], in the scale of `standard`
-        "Guesses for all patches"
-        return self.image_decoder(visible, hidden, self.image_encoder.prefix)
+@patch
+def pixels(self:Mpma,
+    visible:Tensor, # [B,P+V,D] of encode_visible
+    hidden:Tensor, # [B,N] bool
+) -> Tensor: # [B,N,p*p], in the scale of `standard`
+    "Guesses for all patches"
+    return self.image_decoder(visible, hidden, self.image_encoder.prefix)
 
-    def logits(self,
-        patches:Tensor, # [B,N,D], or the visible ones [B,V,D]
-        ids:Tensor, # [B,T] with gaps
-        attention_mask:Tensor, # [B,T]
-    ) -> Tensor: # [B,T,V] of vocabulary pieces
-        "Guesses for all places of the report"
-        embedded, mask = self.report_decoder.embed(ids), attention_mask.bool()
-        return self.report_decoder(embedded, mask, *self.fusion(patches, embedded, mask))
+@patch
+def logits(self:Mpma,
+    patches:Tensor, # [B,N,D], or the visible ones [B,V,D]
+    ids:Tensor, # [B,T] with gaps
+    attention_mask:Tensor, # [B,T]
+) -> Tensor: # [B,T,V] of vocabulary pieces
+    "Guesses for all places of the report"
+    embedded, mask = self.report_decoder.embed(ids), attention_mask.bool()
+    return self.report_decoder(embedded, mask, *self.fusion(patches, embedded, mask))
 
-    def standard(self,
-        images:Tensor, # [B,1,H,W] in 0..1
-    ) -> Tensor: # [B,1,H,W]
-        "Images in the scale that the encoder reads, as one channel"
-        mean, std = (sum(v) / len(v) for v in (self.image_encoder.mean, self.image_encoder.std))
-        return (images - mean) / std
+@patch
+def standard(self:Mpma,
+    images:Tensor, # [B,1,H,W] in 0..1
+) -> Tensor: # [B,1,H,W]
+    "Images in the scale that the encoder reads, as one channel"
+    mean, std = (sum(v) / len(v) for v in (self.image_encoder.mean, self.image_encoder.std))
+    return (images - mean) / std
 
-    def natural(self,
-        pixels:Tensor, # in the scale of `standard`
-    ) -> Tensor: # in 0..1 or so
-        "Back to the scale of the images"
-        mean, std = (sum(v) / len(v) for v in (self.image_encoder.mean, self.image_encoder.std))
-        return pixels * std + mean
+@patch
+def natural(self:Mpma,
+    pixels:Tensor, # in the scale of `standard`
+) -> Tensor: # in 0..1 or so
+    "Back to the scale of the images"
+    mean, std = (sum(v) / len(v) for v in (self.image_encoder.mean, self.image_encoder.std))
+    return pixels * std + mean
 
-    def ramp(self) -> float:
-        "The weight of the alignment at this epoch"
-        return gaussian_ramp(self.epoch, self.config.ramp_epochs)
+@patch
+def ramp(self:Mpma) -> float:
+    "The weight of the alignment at this epoch"
+    return gaussian_ramp(self.epoch, self.config.ramp_epochs)
 
-    def curves(self) -> dict[str, float]: # lambda
-        "The ramp, logged beside the terms that it multiplies"
-        return {"lambda": self.ramp()}
+@patch
+def curves(self:Mpma) -> dict[str, float]: # lambda
+    "The ramp, logged beside the terms that it multiplies"
+    return {"lambda": self.ramp()}
 
 # %% ../../nbs/6_methods/06_mpma.ipynb #475baaf7
 def check_vit(
     config:MpmaConfig,
-    net:nn.Module, # of the image encoder
+    encoder:ImageEncoder,
 ):
     "Refuse an encoder that must see all patches, and an unknown word for `vision`"
-    if not isinstance(net, VisionTransformer): raise ValueError(f"method mpma: the image encoder {config.image['name']!r} cannot leave hidden patches out. Give mpma a ViT in an image_encoder section of its own under `methods`, e.g. name: vit_tiny_patch16_224.")
+    try: patches_of(encoder)
+    except ValueError as e: raise ValueError(f"method mpma: {e} Give mpma a ViT in an image_encoder section of its own under `methods`.") from None
     if config.vision not in ("full", "visible"): raise ValueError(f"method mpma: options.vision is {config.vision!r}, use full or visible")
 
 # %% ../../nbs/6_methods/06_mpma.ipynb #7941749b

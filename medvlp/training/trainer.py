@@ -124,7 +124,8 @@ def training_arguments(
     max_grad_norm:float=1., # longer gradients are shortened; 0: never
     patience:int=0, # checks without improvement before stopping; 0: never
     checkpoint_steps:int=0, # check and save every so many steps; 0: every epoch
-    log_steps:int=10, precision:str="auto", device:str="auto", workers:int|str="auto", deterministic:bool=True, has_val:bool=True,
+    log_steps:int=10, # steps between two points of a curve; the first step is one
+    precision:str="auto", device:str="auto", workers:int|str="auto", deterministic:bool=True, has_val:bool=True,
 ) -> TrainingArguments:
     "Our words in Trainer's"
     device = resolve_device(device)
@@ -133,7 +134,7 @@ def training_arguments(
     best = dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False) if patience else {}
     return TrainingArguments(str(checkpoints), seed=seed, num_train_epochs=epochs, per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size, dataloader_drop_last=True,
         learning_rate=learning_rate, weight_decay=weight_decay, warmup_steps=warmup, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs=dict(min_lr=1e-8), max_grad_norm=max_grad_norm,
-        gradient_accumulation_steps=accumulate, logging_steps=log_steps, save_total_limit=2, use_cpu=device == "cpu", bf16=resolve_precision(precision, device) == "bf16", full_determinism=deterministic and device == "cuda",
+        gradient_accumulation_steps=accumulate, logging_steps=log_steps, logging_first_step=True, save_total_limit=2, use_cpu=device == "cpu", bf16=resolve_precision(precision, device) == "bf16", full_determinism=deterministic and device == "cuda",
         dataloader_num_workers=resolve_workers(workers, device), dataloader_pin_memory=device == "cuda", remove_unused_columns=False, prediction_loss_only=True, logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False, disable_tqdm=True, report_to=[], **every, **check, **best)
 
@@ -162,8 +163,9 @@ def pretrain(
 ) -> Trainer: # with its `state`
     "Train a method, resuming an interrupted run of the same settings, and save it"
     check_writable(output); check_writable(curves)
-    check_budget(len(studies["train"]), len(studies["val"]), batch_size, patience)
-    model.check_data(len(studies["train"]))
+    if epochs:                                      # without, the model is saved as it is, and no pair is needed
+        check_budget(len(studies["train"]), len(studies["val"]), batch_size, patience)
+        model.check_data(len(studies["train"]))
     key = run_key(model=model.config.to_dict(), data=[d._fingerprint for d in studies.values()], vocabulary=tokenizer.get_vocab(), seed=seed, epochs=epochs, batch_size=batch_size,
                   sections=list(sections), max_tokens=max_tokens, augment=augment, patience=patience, arguments=arguments)
     folder = Path(checkpoints)/f"{model.config.model_type}-{seed}-{key}"
