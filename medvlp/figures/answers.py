@@ -11,7 +11,7 @@ import textwrap
 import numpy as np, pandas as pd, torch, matplotlib.pyplot as plt
 from torch import Tensor
 from ..data.images import eval_transform
-from .heatmaps import LABEL, draw_map, top_weight
+from .heatmaps import COLOURS, draw_map, top_weight
 from .style import figure_style
 from ..tasks.answer import Answerer, Answers, question_studies
 
@@ -92,15 +92,15 @@ def plot_answers(
     "A sheet of answers: where each rests, with question, truth and answer below (as MPMA Fig. 5)"
     if not shown: raise ValueError("answers: there are no test questions to show")
     columns, height = min(columns, len(shown)), -(-len(shown)//columns)
-    top = top_weight([e["map"] for e in shown])
     fig, axes = plt.subplots(height, columns, figsize=(2.2*columns + .6, 2.75*height + .2), squeeze=False)
     for ax in axes.flat: ax.axis("off")
     for ax, e in zip(axes.flat, shown):
-        drawn = draw_map(ax, e["image"], e["map"], e["grid"], top)
+        draw_map(ax, e["image"], e["map"], e["grid"], max(2., top_weight([e["map"]])))      # each map to its own end: one sharp map would pale all others
         ax.axis("on"); ax.spines[:].set_visible(False)
         ax.set(xticks=[], yticks=[])
         ax.set_xlabel(answer_lines(e), fontsize=7, loc="left", linespacing=1.3, color=RIGHT if e["given"] == e["answer"] else WRONG)
-    fig.colorbar(drawn, ax=axes, label=LABEL, shrink=.6, aspect=30)
+    bar = fig.colorbar(plt.cm.ScalarMappable(cmap=COLOURS), ax=axes, label="weight on the answer", shrink=.6, aspect=30)
+    bar.set_ticks([0, 1], labels=["none", "most"])
     if title: fig.suptitle(title, fontsize=10)
     return fig
 
