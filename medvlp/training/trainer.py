@@ -177,7 +177,7 @@ def pretrain(
     trainer = MethodTrainer(model, args, Collate(tokenizer, max_tokens, addresses=True), train, val if len(val) else None,
         callbacks=[Guard(), Curves(curves), Progress()] + ([EarlyStoppingCallback(patience)] if patience else []))
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    if epochs: trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     save(trainer, tokenizer, output)
     shutil.rmtree(folder, ignore_errors=True)
     return trainer
