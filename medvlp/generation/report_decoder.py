@@ -29,6 +29,7 @@ class ReportDecoder(nn.Module):
         self.layers = nn.ModuleList(nn.TransformerDecoderLayer(width, heads, 4 * width, dropout=0., activation="gelu", batch_first=True, norm_first=True) for _ in range(depth))
         self.after, self.bias = nn.LayerNorm(width), nn.Parameter(torch.zeros(vocab_size))
         nn.init.normal_(self.pieces.weight, std=.1)
+        for layer in self.layers: nn.init.zeros_(layer.multihead_attn.out_proj.weight)
         with torch.no_grad(): self.places.weight.copy_(.1 * build_sincos2d_pos_embed([max_tokens], 2 * width))
 
     def embed(self,
