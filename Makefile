@@ -21,10 +21,13 @@ $(VENV)/weights: $(VENV)/installed
 	$(PIP) --editable '.[weights]'
 	touch $@
 
-# The runs (METHOD-SEED) of a pipeline, JOBS at a time, the last of params.yaml first (they take longest); on a GPU one after the other. What is left is for the dvc repro that follows.
+# The runs (METHOD-SEED) of a pipeline, JOBS at a time: all are trained, then used, the last of params.yaml first (they take longest), and figures are drawn
+# beside them; on a GPU one after the other. What is left is for the dvc repro that follows.
 define runs
-	@test $(JOBS) = 1 || dvc status --quiet $(or $(1),dvc.yaml) || { dvc repro prepare && stages=$$(dvc stage list --name-only $(1)) && printf '%s\n' $$stages | sed -n 's/.*@//p' | tac | awk '!seen[$$0]++' | \
-	xargs -P $(JOBS) -I RUN sh -c 'dvc --wait-for-lock repro --single-item $$(printf "%s\n" $$0 | grep "@RUN$$")' "$$stages"; }
+	@test $(JOBS) = 1 || dvc status --quiet $(or $(1),dvc.yaml) || { dvc repro prepare && stages=$$(dvc stage list --name-only $(1)) && \
+	printf '%s\n' $$stages | grep pretrain@ | tac | xargs -P $(JOBS) -I STAGE dvc --wait-for-lock repro --single-item STAGE && \
+	printf '%s\n' $$stages | grep -v pretrain@ | sed -n 's/.*@//p; /^figures$$/p' | tac | awk '!seen[$$0]++' | \
+	xargs -P $(JOBS) -I RUN sh -c 'dvc --wait-for-lock repro --single-item $$(printf "%s\n" $$0 | grep -v pretrain@ | grep -E "(^|@)RUN$$")' "$$stages"; }
 endef
 
 repro: install $(if $(PRESET),preset) ## run what has changed of the pipeline; PRESET=name puts presets/name.yaml in place of params.yaml first
