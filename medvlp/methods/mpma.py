@@ -58,6 +58,7 @@ class Mpma(TokenMethod):
         self.patch_size = embed.patch_size[0]
         self.rows = nn.Conv1d(embed.num_patches, c.rows, 1, bias=False)
         self.image_decoder = ImageDecoder(self.image_encoder.patch_dim, embed.grid_size, self.patch_size, dim=c.decoder_dim, depth=c.decoder_layers, heads=c.decoder_heads)
+        self.patch_norm = nn.BatchNorm1d(self.image_encoder.patch_dim, affine=False)
         self.fusion = Fusion(c.fusion, self.image_encoder.patch_dim, c.heads, c.slots)
         self.report_decoder = ReportDecoder(text["vocab_size"], self.image_encoder.patch_dim, max_tokens=text.get("max_position_embeddings", 512), depth=c.decoder_layers, heads=c.heads)
 
@@ -110,6 +111,7 @@ def logits(self:Mpma,
     attention_mask:Tensor, # [B,T]
 ) -> Tensor: # [B,T,V] of vocabulary pieces
     "Guesses for all places of the report"
+    patches = self.patch_norm(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
     embedded, mask = self.report_decoder.embed(ids), attention_mask.bool()
     return self.report_decoder(embedded, mask, *self.fusion(patches, embedded, mask))
 
