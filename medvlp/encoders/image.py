@@ -11,6 +11,7 @@ from pathlib import Path
 import timm, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from .adapatch import around_adapatch, take_boxes, use_adapatch
 from .features import ImageFeatures
 
 # %% ../../nbs/2_encoders/01_image.ipynb #b3ea80f5
@@ -52,17 +53,24 @@ class ImageEncoder(nn.Module):
         in_chans:int=1, # 1 for grey; 3 for weights trained on colour: grey is repeated
         mean=(.485, .456, .406), std=(.229, .224, .225), # of the pictures that the weights know, values in 0..1
         saliency:bool=False, # also return the class token's attention
-        patch_stride:int|None=None, # pixels a patch, which names the stage of a convolutional net that patches come from; None: the last
+        patch_stride:int|None=None, # pixels a patch, which names the stage of a convolutional net or pyramid that patches come from; None: the last
+        prune:bool=False, # leave out the stages behind that one; the image's vector is then the mean of its patches
+        adapatch:list=(), # stages of a pyramid vision transformer, of 2, 3, 4, whose patches move; see 04_adapatch
         **options, # handed to timm, e.g. drop_path_rate
     ):
         super().__init__()
         if "vit" in name: options["img_size"] = image_size
         self.net = timm.create_model(name, in_chans=in_chans, num_classes=0, **options)
-        self.dim, self.in_chans = self.net.num_features, in_chans
+        if adapatch: use_adapatch(self.net, adapatch, image_size)
+        self.dim, self.in_chans, self.adapatch = self.net.num_features, in_chans, list(adapatch)
         self.mean, self.std = ([sum(v) / len(v)] if in_chans == 1 else list(v) for v in (mean, std))
         self.prefix = getattr(self.net, "num_prefix_tokens", 0)
         self.saliency, self.stage = saliency, self.find_stage(name, patch_stride)
         self.patch_dim = self.dim if self.stage is None else self.stages()[self.stage]["num_chs"]
+        if prune and self.stage is not None:
+            self.net.prune_intermediate_layers([self.stage])
+            self.net.reset_classifier(0, "avg")
+            self.stage, self.dim = None, self.patch_dim
         if saliency and not (self.prefix and hasattr(self.net, "blocks")): raise ValueError(f"image encoder {name!r} has no class token, hence no saliency. Choose a ViT, or a method that needs none.")
 
     def stages(self) -> list[dict]: # of every stage: num_chs, reduction, ...
@@ -97,7 +105,8 @@ def forward(self:ImageEncoder,
     finally:
         if hook: hook.remove()
     saliency = class_attention(self.net.blocks[-1].attn, seen[0], self.prefix) if seen else None
-    return ImageFeatures(self.net.forward_head(maps, pre_logits=True), *self.patches(chosen), saliency)
+    boxes = take_boxes(self.net).get(len(self.net.stages) if self.stage is None else self.stage + 1) if self.adapatch else None
+    return ImageFeatures(self.net.forward_head(maps, pre_logits=True), *self.patches(chosen), saliency, boxes)
 
 @patch
 def feature_maps(self:ImageEncoder,
@@ -120,7 +129,9 @@ def patches(self:ImageEncoder,
 def load_pretrained(self:ImageEncoder,
     name:str, # as for `image_config`; a timm name downloads once
 ):
-    "Take the published weights of this architecture; the first layer is folded to `in_chans`, the class head left out"
+    "Take the published weights of this architecture; the first layer is folded to `in_chans`, the class head left out; patches that move begin near fixed ones"
     name = f"local-dir:{name}" if (Path(name)/"config.json").is_file() else name
     size = {"img_size": self.net.patch_embed.img_size} if self.prefix else {}
-    self.net.load_state_dict(timm.create_model(name, pretrained=True, in_chans=self.in_chans, num_classes=0, **size).state_dict())
+    weights = timm.create_model(name, pretrained=True, in_chans=self.in_chans, num_classes=0, **size).state_dict()
+    kept = {k: v for k, v in around_adapatch(self.net, weights).items() if k in self.net.state_dict()}   # all, unless stages were left out
+    self.net.load_state_dict(kept)

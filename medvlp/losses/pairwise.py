@@ -17,10 +17,11 @@ from .tokenwise import masked_softmax, real_tokens
 # %% ../../nbs/3_losses/03_pairwise.ipynb #a5a6cae0
 def both_ways(
     scores:Tensor, # [B,B] of image i and report j; a column of -inf: that report has no words
+    temperature:float|Tensor=1., # divides them, > 0; where it is learnt, only here can a missing score leave its gradient alone
 ) -> tuple[Tensor, Tensor]: # image_to_text, text_to_image: scalars, means over the studies that have words
     "Cross-entropy of each image among the reports, and of each report among the images"
     told = scores.diagonal() != -torch.inf
-    s = scores[told][:, told]
+    s = scores[told][:, told] / temperature
     y = torch.arange(len(s), device=s.device)
     return tuple(F.cross_entropy(x, y, reduction="sum") / max(len(s), 1) for x in (s, s.T))
 
@@ -120,11 +121,11 @@ def region_word(
 
 # %% ../../nbs/3_losses/03_pairwise.ipynb #8570cee1
 def gathered_scores(
-    score, # e.g. `region_word_scores`; (patches [A,N,d], words [B,L,d], mask [B,L]) -> [A,B]
+    score, # e.g. `region_word_scores`; (patches [A,N,d], words [B,L,d], mask [B,L]) -> [A,B,...]
     patches:Tensor, # [B,N,d] of this process's images; B and N the same on all
     words:Tensor, # [B,L,d] of this process's reports; L may differ
     mask:Tensor, # [B,L] bool, True where a real word stands
     **options, # of `score`
-) -> Tensor: # [W*B,W*B]
+) -> Tensor: # [W*B,W*B,...]
     "Scores of all processes' images and reports; each process scores its own reports"
-    return gather(score(gather(patches), words, mask, **options).T).T
+    return gather(score(gather(patches), words, mask, **options).transpose(0, 1)).transpose(0, 1)

@@ -44,6 +44,7 @@ class Method(PreTrainedModel):
     main_input_name = "images"
     accepts_loss_kwargs = False
     epoch = 0. # of the training, told by the trainer, for terms that begin gently
+    averages = True # whether the mean of several texts' embeddings stands for them
     def __init__(self, config):
         super().__init__(config)
         self.image_encoder, self.text_encoder = ImageEncoder(**config.image), TextEncoder(**config.text)

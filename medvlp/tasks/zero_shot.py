@@ -131,24 +131,27 @@ def prompt_embeddings(
     prompts:dict, # of read_prompts
     max_tokens:int=112,
     batch_size:int=64,
-) -> dict: # {label: [2,d]}, the positive prompts' mean, then the negative ones'
+) -> dict: # {label: [2,d]}, the positive prompts' mean, then the negative ones'; {label: ([P,d], [Q,d])}, all of them, of a method whose embeddings cannot be averaged
     "Prompts in the joint space, averaged after normalisation"
     model.eval()
     sentences = list(dict.fromkeys(chain.from_iterable(chain.from_iterable(prompts.values()))))
     parts = [encode(tokenizer, sentences[i:i+batch_size], max_tokens) for i in range(0, len(sentences), batch_size)]
     vectors = torch.cat([model.embed_texts(**{k: v.to(model.device) for k, v in b.items()}) for b in tqdm(parts, desc="prompts", unit="batch", delay=2)])
-    vectors = dict(zip(sentences, F.normalize(vectors.float(), dim=-1)))
-    return {label: torch.stack([torch.stack([vectors[s] for s in side]).mean(0) for side in sides]) for label, sides in prompts.items()}
+    vectors = dict(zip(sentences, F.normalize(vectors.float(), dim=-1) if model.averages else vectors))
+    of = {label: tuple(torch.stack([vectors[s] for s in side]) for side in sides) for label, sides in prompts.items()}
+    return {label: torch.stack([side.mean(0) for side in sides]) for label, sides in of.items()} if model.averages else of
 
 # %% ../../nbs/8_tasks/07_zero_shot.ipynb #3b40eabc
 @torch.inference_mode()
 def prompt_scores(
     images:Tensor, # [N,d] of embed_images
-    prompts:dict, # {label: [2,d]} of prompt_embeddings
+    prompts:dict, # of prompt_embeddings: {label: two sides}, each [d], or [P,d] for P prompts whose scores are averaged
     similarity:Callable=cosines, # the method's own, [N,d] and [M,d] to [N,M]
 ) -> np.ndarray: # [N,K,2], positive then negative
     "How near each image lies to the two sides of each finding"
-    return similarity(images, torch.cat(list(prompts.values())).to(images)).float().cpu().numpy().reshape(len(images), len(prompts), 2)
+    sides = [side.reshape(-1, side.shape[-1]) for pair in prompts.values() for side in pair]
+    scores = similarity(images, torch.cat(sides).to(images)).float().split([len(s) for s in sides], 1)
+    return torch.stack([s.mean(1) for s in scores], 1).cpu().numpy().reshape(len(images), len(prompts), 2)
 
 # %% ../../nbs/8_tasks/07_zero_shot.ipynb #a4525a07
 def best_threshold(
@@ -246,7 +249,7 @@ def which_rows(
 # %% ../../nbs/8_tasks/07_zero_shot.ipynb #6d4aab0e
 def zero_shot(
     images:Tensor, # [N,d] test images, of embed_images
-    prompts:dict, # {label: [2,d]} of prompt_embeddings
+    prompts:dict, # of prompt_embeddings
     labels:pd.DataFrame, # [N,K] 1, 0, -1 uncertain, NaN unknown
     patient_ids, # [N]
     *, validation:tuple|None=None, # (images [M,d], labels [M,K]) that thresholds are chosen on; None: yes from 0 on

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resolve_precision', 'MethodTrainer', 'Curves', 'Guard', 'Progress', 'last_checkpoint', 'code_hash', 'run_key',
-           'training_arguments', 'check_budget', 'datasets_for', 'pretrain', 'save']
+           'training_arguments', 'optimizer_of', 'check_budget', 'datasets_for', 'pretrain', 'save']
 
 # %% ../../nbs/7_training/00_trainer.ipynb #3424ae23
 import hashlib, importlib.util, json, math, shutil
@@ -12,6 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
+from timm.optim import Lamb
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -138,6 +139,15 @@ def training_arguments(
         dataloader_num_workers=resolve_workers(workers, device), dataloader_pin_memory=device == "cuda", remove_unused_columns=False, prediction_loss_only=True, logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False, disable_tqdm=True, report_to=[], **every, **check, **best)
 
+# %% ../../nbs/7_training/00_trainer.ipynb #bc81e50c
+def optimizer_of(
+    name:str, # adamw or lamb
+    args:TrainingArguments, # of `training_arguments`
+) -> tuple|None: # class and options for Trainer; None: its own AdamW
+    "Another optimiser than AdamW, with the same rate, schedule and decay"
+    if name not in ("adamw", "lamb"): raise ValueError(f"pretrain.optimizer is {name!r}, use adamw or lamb")
+    return (Lamb, dict(lr=args.learning_rate)) if name == "lamb" else None
+
 # %% ../../nbs/7_training/00_trainer.ipynb #7dd36725
 def check_budget(n_train:int, n_val:int, batch_size:int, patience:int) -> None:
     "Refuse a budget that cannot train"
@@ -159,7 +169,7 @@ def pretrain(
     output:str|Path, # folder of the trained model
     curves:str|Path, # folder of the DVCLive curves
     checkpoints:str|Path, # folder of checkpoints, shared by all runs; removed when the run is done
-    *, seed:int, epochs:float, batch_size:int, sections=("impression", "findings"), max_tokens:int=112, augment:dict|None=None, channels_last:bool=True, patience:int=0, **arguments,
+    *, seed:int, epochs:float, batch_size:int, sections=("impression", "findings"), max_tokens:int=112, augment:dict|None=None, channels_last:bool=True, patience:int=0, optimizer:str="adamw", **arguments,
 ) -> Trainer: # with its `state`
     "Train a method, resuming an interrupted run of the same settings, and save it"
     check_writable(output); check_writable(curves)
@@ -167,14 +177,14 @@ def pretrain(
         check_budget(len(studies["train"]), len(studies["val"]), batch_size, patience)
         model.check_data(len(studies["train"]))
     key = run_key(model=model.config.to_dict(), data=[d._fingerprint for d in studies.values()], vocabulary=tokenizer.get_vocab(), seed=seed, epochs=epochs, batch_size=batch_size,
-                  sections=list(sections), max_tokens=max_tokens, augment=augment, patience=patience, arguments=arguments)
+                  sections=list(sections), max_tokens=max_tokens, augment=augment, patience=patience, optimizer=optimizer, arguments=arguments)
     folder = Path(checkpoints)/f"{model.config.model_type}-{seed}-{key}"
     if channels_last: model.image_encoder.to(memory_format=torch.channels_last)
     train, val = datasets_for(studies, model.config.image["image_size"], sections, augment or {}, seed)
     args = training_arguments(folder, seed=seed, epochs=epochs, batch_size=batch_size, patience=patience, has_val=len(val) > 0, **arguments)
     args.per_device_eval_batch_size = max(1, min(batch_size, len(val)))
     if args.world_size > 1 and args.device.type == "cuda": model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)   # standardise over the whole batch, whichever GPU holds it
-    trainer = MethodTrainer(model, args, Collate(tokenizer, max_tokens, addresses=True), train, val if len(val) else None,
+    trainer = MethodTrainer(model, args, Collate(tokenizer, max_tokens, addresses=True), train, val if len(val) else None, optimizer_cls_and_kwargs=optimizer_of(optimizer, args),
         callbacks=[Guard(), Curves(curves), Progress()] + ([EarlyStoppingCallback(patience)] if patience else []))
     trainer.remove_callback(PrinterCallback)
     if epochs: trainer.train(resume_from_checkpoint=last_checkpoint(folder))
