@@ -447,6 +447,7 @@ def unused(
 ) -> list[str]: # top-level sections that nothing reads
     "Sections that neither a stage nor a template of dvc.yaml names"
     names = {s for c in calls for s in c.sections} | {n for s in stages.values() for n in tracked(s)} | set(re.findall(r"\$\{\s*([\w.-]+)", template))
+    names |= {s for asked in re.findall(r"--sections ((?:[\w.${}]+ *)+)", template) for s in asked.split()}    # also those of a stage that is asked for no method
     read = {n.split(".")[0] for n in names}
     return [name for name in tree if str(name) not in read]
 
@@ -504,7 +505,7 @@ def check(
                 done.append(f"{name}: {notebook}, {len(values)} parameters")
                 if code: made["" if pipeline == pipelines[0] else pipeline.parent.name, name] = code_of(notebook, values.get("method"))
     tree = read_mapping(params)
-    problems += [f'{params}: no stage of {pipelines[0]} reads section "{name}": {remedy(name, [s for c in calls for s in c.sections])}'
+    problems += [f'{params}: no stage of {pipelines[0]} reads section "{name}": {remedy(name, {s for c in calls for s in c.sections})}'
                  for name in unused(stages, calls, tree, "".join(p.read_text(encoding="utf-8") for p in pipelines))]
     if problems: raise StageError(*problems)
     for (home, name), files in made.items():

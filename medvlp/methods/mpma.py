@@ -115,6 +115,7 @@ def logits(self:Mpma,
     embedded, mask = self.report_decoder.embed(ids), attention_mask.bool()
     return self.report_decoder(embedded, mask, *self.fusion(patches, embedded, mask))
 
+# %% ../../nbs/6_methods/06_mpma.ipynb #4ae55327
 @patch
 def standard(self:Mpma,
     images:Tensor, # [B,1,H,W] in 0..1

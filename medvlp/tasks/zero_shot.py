@@ -285,12 +285,11 @@ def equal_classes(
     classes=CHEXPERT_FIVE, # the findings
     n:int=200, # studies a finding
     seed:int=0, # of the draw
-    fewer:bool=False, # True: the largest equal number where there are not n
+    fewer:bool=False, # True: the largest equal number where there are not n, which may be none
 ) -> np.ndarray: # sorted row numbers
     "Studies with exactly one of some findings, equally many of each; ValueError where there are too few"
     rows, which = exclusive(label_matrix(labels, classes, "zero_shot.classes")[0])
     there = np.bincount(which, minlength=len(classes))
-    if there.min() < (1 if fewer else n):
-        raise ValueError(f"{n} studies each asked for, but with exactly one of the findings there are " + ", ".join(f"{c}: {m}" for c, m in zip(classes, there)) + ("" if fewer else ". Lower n, or take the largest equal number by fewer=True."))
+    if there.min() < n and not fewer: raise ValueError(f"{n} studies each asked for, but with exactly one of the findings there are " + ", ".join(f"{c}: {m}" for c, m in zip(classes, there)) + ". Lower n, or take the largest equal number by fewer=True.")
     n = min(n, there.min())
     return np.sort(np.concatenate([np.random.default_rng((seed, k)).permutation(rows[which == k])[:n] for k in range(len(classes))]))
