@@ -56,7 +56,7 @@ export: install ## notebooks to package, then clean them
 
 readme: install ## README.md from nbs/index.ipynb, and the pictures it shows from the last run of the demo
 	mkdir -p nbs/images
-	cp $(addprefix reports/figures/,samples.png tsne.png curves.png words-mgca.png clusters-mgca.png thresholds.png reconstruction-mpma.png) results/scoreboard.png nbs/images/
+	cp $(addprefix reports/figures/,samples.png tsne.png curves.png words-mgca.png clusters-mgca.png thresholds.png reconstruction-mpma.png matches-adamatch.png) results/scoreboard.png nbs/images/
 	cp reports/answers/mpma-0.png nbs/images/answers-mpma.png
 	jupyter nbconvert --log-level WARN --execute --no-input --to markdown nbs/index.ipynb --output-dir . --output README
 	sed -i -E 's#\]\(([1-9]_|stages|images|own_method)#](nbs/\1#g' README.md

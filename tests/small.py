@@ -40,10 +40,11 @@ def train(folder, run, method="convirt", seed=0):
     tokenizer = reports_tokenizer(studies["train"], ["findings"], 100)
     image, options = dict(name="resnet10t", image_size=32), {}
     if method == "mpma": image, options = dict(name="vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2), dict(rows=16, heads=2, slots=4, decoder_dim=32, decoder_heads=2, decoder_layers=1)
+    if method == "adamatch": image = dict(name="pvt_v2_b0", image_size=32, depths=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32], num_heads=[1, 1, 1, 1], patch_stride=16, prune=True, adapatch=[2, 3])
     set_seed(seed)
     model = build_method(method, image, dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64), len(tokenizer), dim=16, **options)
     pretrain(model, tokenizer, studies, folder/run/"model", folder/run/"curves", folder/run/"checkpoints", seed=seed, epochs=10, batch_size=8, sections=["findings"],
-             learning_rate=1e-3, weight_decay=.05, warmup=.1, checkpoint_steps=3, log_steps=1, device="cpu", precision="fp32")
+             learning_rate=1e-3, weight_decay=.05, warmup=.1, checkpoint_steps=3, log_steps=1, optimizer="lamb" if method == "adamatch" else "adamw", device="cpu", precision="fp32")
 
 
 if __name__ == "__main__": train(*sys.argv[1:4])

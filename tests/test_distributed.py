@@ -4,6 +4,7 @@ from torch import nn
 from medvlp.losses.contrastive import gather, info_nce
 from medvlp.losses.gla import global_alignment, local_alignment
 from medvlp.losses.groups import ThresholdGate, group, group_alignment
+from medvlp.losses.matching import best_matches, match_losses
 from medvlp.losses.pairwise import both_ways, gathered_scores, region_word, region_word_scores
 from medvlp.losses.prototypes import Prototypes, sinkhorn
 from medvlp.losses.tokenwise import CrossAttention, cross_token_alignment
@@ -59,15 +60,19 @@ class Aligned(Tokens):
     "Rows and words, patches and words, of every image with every report: each process finds the loss of the whole batch"
     def loss(self, patches, words, mask): return global_alignment(patches[:, :5], words, mask, temperature=.2) + local_alignment(patches, words, mask)
 
+class Matched(Tokens):
+    "Patches and words that choose each other, over all images and reports"
+    def __init__(self): super().__init__(); self.temperature = nn.Parameter(torch.tensor(.2))
+    def loss(self, patches, words, mask): return sum(match_losses(gathered_scores(best_matches, patches, words, mask), self.temperature))
+
 class Whole(nn.Module):
     "A whole method: encoders, saliency, heads and all terms. Batch norms go by their running statistics: to share those of a batch takes GPUs"
-    options = {}
+    options, image = {}, dict(name="vit_tiny_patch16_224", image_size=32, embed_dim=32, num_heads=2, depth=1, saliency=True)
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        image = dict(name="vit_tiny_patch16_224", image_size=32, embed_dim=32, num_heads=2, depth=1, saliency=True)
         text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, hidden_dropout_prob=0., attention_probs_dropout_prob=0., saliency=True)
-        self.method = build_method(type(self).__name__.lower(), image, text, vocab_size=50, dim=8, **self.options)
+        self.method = build_method(type(self).__name__.lower(), self.image, text, vocab_size=50, dim=8, **self.options)
         self.method.epoch = 1.     # prototypes move from here on
     def train(self, mode=True):
         super().train(mode)
@@ -90,7 +95,10 @@ class Mpma(Whole):
     def batch(self): return *super().batch(), torch.arange(100, 108)
     def forward(self, *batch): return self.method(*batch)["loss"]
 
-LOSSES = [Contrastive, Prototypical, Tokenwise, Regional, Grouped, Aligned, Mgca, Gloria, Sparc, Aga, Mpma]
+class Adamatch(Whole):
+    image = dict(name="pvt_v2_b0", image_size=32, depths=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32], num_heads=[1, 1, 1, 1], patch_stride=16, prune=True, adapatch=[2, 3])
+
+LOSSES = [Contrastive, Prototypical, Tokenwise, Regional, Grouped, Aligned, Matched, Mgca, Gloria, Sparc, Aga, Mpma, Adamatch]
 
 def scores(): return draw(8, 3).tanh()
 
@@ -123,7 +131,7 @@ def test_two_processes_equal_one(processes, loss):
     value.backward()
     values, grads, buffers = zip(*(found[loss.__name__] for found in processes))
     assert abs(sum(values) / 2 - value.item()) < 1e-12
-    if loss in (Contrastive, Regional, Aligned): assert abs(values[0] - values[1]) < 1e-12
+    if loss in (Contrastive, Regional, Aligned, Matched): assert abs(values[0] - values[1]) < 1e-12
     for found in grads:
         for g, p in zip(found, alone.parameters(), strict=True): torch.testing.assert_close(torch.tensor(g, dtype=torch.float64), p.grad, atol=1e-12, rtol=0)
     for found in buffers:

@@ -1,4 +1,4 @@
-"Presets name methods, options and encoders that exist, and those of MGCA, AGA and MPMA have the size that they should (that the sections fit the stages: test_project.py)"
+"Presets name methods, options and encoders that exist, and those of MGCA, AGA, MPMA and AdaMatch have the size that they should (that the sections fit the stages: test_project.py)"
 from pathlib import Path
 import pytest, torch
 from medvlp.encoders.image import image_config
@@ -72,3 +72,13 @@ def test_ablations_of_mpma_change_what_they_name(name):
     tree = read_mapping(ROOT/"presets/mpma.yaml")["methods"]
     options = tree["mpma"]["options"]
     assert {k for k, v in tree[name]["options"].items() if v != options[k]} == ({"fusion"} if name[5:] in ("gap", "gmp", "cmf") else {"weights"})
+
+
+def test_adamatch_has_its_size():
+    plain, moving = (method_of("adamatch", name) for name in ("adamatch-fixed", "adamatch"))
+    three_stages = 44_725_696 - 10_995_712     # timm's PVTv2-B3 without its class head, without its fourth stage
+    assert weights_of(plain)["image_encoder"] == three_stages
+    assert weights_of(moving) == weights_of(plain) | dict(image_encoder=three_stages + sum(4 * C * C + C + 4 * C + 2 for C in (64, 128)))     # what looks, what moves, what sizes; the mixing is the convolution's size
+    assert moving.temperature.shape == () and moving.image_encoder.dim == 320
+    grids = dict(adamatch=(14, 14)) | {"adamatch-stage2": (28, 28), "adamatch-stage4": (7, 7)}
+    for name, grid in grids.items(): assert method_of("adamatch", name).eval().image_encoder.patch_dim == {14: 320, 28: 128, 7: 512}[grid[0]]

@@ -12,7 +12,7 @@ import numpy as np, pandas as pd, torch, matplotlib.pyplot as plt
 from torch import Tensor
 from ..data.images import eval_transform
 from .heatmaps import COLOURS, draw_map, top_weight
-from .style import figure_style
+from .style import figure_style, sheet
 from ..tasks.answer import Answerer, Answers, question_studies
 
 # %% ../../nbs/9_figures/09_answers.ipynb #83d51ac3
@@ -91,9 +91,7 @@ def plot_answers(
 ) -> plt.Figure:
     "A sheet of answers: where each rests, with question, truth and answer below (as MPMA Fig. 5)"
     if not shown: raise ValueError("answers: there are no test questions to show")
-    columns, height = min(columns, len(shown)), -(-len(shown)//columns)
-    fig, axes = plt.subplots(height, columns, figsize=(2.2*columns + .6, 2.75*height + .2), squeeze=False)
-    for ax in axes.flat: ax.axis("off")
+    fig, axes = sheet(len(shown), columns, (2.2, 2.75), (.6, .2), title)
     for ax, e in zip(axes.flat, shown):
         draw_map(ax, e["image"], e["map"], e["grid"], max(2., top_weight([e["map"]])))      # each map to its own end: one sharp map would pale all others
         ax.axis("on"); ax.spines[:].set_visible(False)
@@ -101,7 +99,6 @@ def plot_answers(
         ax.set_xlabel(answer_lines(e), fontsize=7, loc="left", linespacing=1.3, color=RIGHT if e["given"] == e["answer"] else WRONG)
     bar = fig.colorbar(plt.cm.ScalarMappable(cmap=COLOURS), ax=axes, label="weight on the answer", shrink=.6, aspect=30)
     bar.set_ticks([0, 1], labels=["none", "most"])
-    if title: fig.suptitle(title, fontsize=10)
     return fig
 
 # %% ../../nbs/9_figures/09_answers.ipynb #ab7d368d

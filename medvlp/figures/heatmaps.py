@@ -16,7 +16,7 @@ from matplotlib.offsetbox import AnchoredOffsetbox, DrawingArea, HPacker, TextAr
 from ..data.images import eval_transform
 from ..data.reports import report_text
 from .samples import draw_boxes
-from .style import figure_style
+from .style import figure_style, sheet
 from ..tasks.pointing import StudyMaps, centres, inside, mentions, study_maps, word_spans
 
 # %% ../../nbs/9_figures/05_heatmaps.ipynb #8dbf15f0
@@ -140,15 +140,12 @@ def plot_heatmaps(
 ) -> plt.Figure:
     "A sheet of findings: where their words look"
     if not shown: raise ValueError("heatmaps: no report names a finding, there is nothing to show")
-    columns, height = min(columns, len(shown)), -(-len(shown)//columns)
     top = top_weight([e["maps"].word_to_patch[e["words"]].mean(0) for e in shown])
-    fig, axes = plt.subplots(height, columns, figsize=(2.3*columns + .6, 2.95*height + .3), squeeze=False)
-    for ax in axes.flat: ax.axis("off")
+    fig, axes = sheet(len(shown), columns, (2.3, 2.95), (.6, .3), title)
     for ax, e in zip(axes.flat, shown): drawn = draw_word(ax, e, top)
     fig.colorbar(drawn, ax=axes, label=LABEL, shrink=.6, aspect=30)
     handles = [Line2D([], [], label="peak", **PEAK)] + [plt.Rectangle((0, 0), 1, 1, label="where the finding is", **(TRUTH | dict(edgecolor=".4")))] * any(len(e["boxes"]) for e in shown)
     fig.legend(handles=handles, loc="outside lower center", ncols=2)
-    if title: fig.suptitle(title, fontsize=10)
     return fig
 
 # %% ../../nbs/9_figures/05_heatmaps.ipynb #027d4aa9

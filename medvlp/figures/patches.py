@@ -10,7 +10,7 @@ import numpy as np, matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 from ..encoders.features import grid_boxes
 from .heatmaps import TRUTH, bold, draw_truth, mark_words
-from .style import figure_style
+from .style import figure_style, sheet
 from ..tasks.pointing import StudyMaps, centres
 
 # %% ../../nbs/9_figures/10_patches.ipynb #c7369786
@@ -62,12 +62,9 @@ def plot_matches(
 ) -> plt.Figure:
     "A sheet of findings: which boxes their words took"
     if not shown: raise ValueError("matches: no report names a finding, there is nothing to show")
-    columns, height = min(columns, len(shown)), -(-len(shown)//columns)
-    fig, axes = plt.subplots(height, columns, figsize=(2.3 * columns, 3.2 * height + .4), squeeze=False)
-    for ax in axes.flat: ax.axis("off")
+    fig, axes = sheet(len(shown), columns, (2.3, 3.2), (0, .4), title)
     for ax, e in zip(axes.flat, shown): draw_matches(ax, e)
     handles = [plt.Rectangle((0, 0), 1, 1, **(TRUTH | dict(edgecolor=".4")), label="where the finding is")] * any(len(e["boxes"]) for e in shown)
     handles += [plt.Line2D([], [], marker="o", color=".3", markersize=2.5, linewidth=1.2, label="from the fixed patch's middle to the box's")]
     fig.legend(handles=handles, loc="outside lower center", ncols=2)
-    if title: fig.suptitle(title, fontsize=10)
     return fig
