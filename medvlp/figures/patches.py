@@ -29,30 +29,30 @@ def moved(
 # %% ../../nbs/9_figures/10_patches.ipynb #4e496b06
 def matches(
     e:dict, # of `heatmaps.examples`
-    n:int=4, # words at most
-) -> list[tuple[str, int]]: # the word, and the patch it matched best
-    "The words that name a finding, each spelling once, with their patches"
+    n:int=3, # patches at most
+) -> list[tuple[str, int]]: # words, and the patch that they matched best
+    "The patches that the words of a finding matched best, each with its words"
     found = {}
-    for w in e["words"]: found.setdefault(e["text"][slice(*e["spans"][w])].lower(), int(e["maps"].word_to_patch[w].argmax()))
-    return list(found.items())[:n]
+    for w in e["words"]: found.setdefault(int(e["maps"].word_to_patch[w].argmax()), {})[e["text"][slice(*e["spans"][w])].lower()] = None
+    return [(" ".join(words), patch) for patch, words in found.items()][:n]
 
 # %% ../../nbs/9_figures/10_patches.ipynb #fb7aef4a
 def draw_matches(
     ax, # axes to fill
     e:dict, # of `heatmaps.examples`
-    n:int=4, # words at most
+    n:int=3, # patches at most
 ):
     "An image with the boxes its words took, arrows from their fixed places, the truth and the sentence"
     ax.imshow(e["image"], cmap="gray", vmin=0, vmax=1, extent=(0, 1, 1, 0), aspect=e["image"].shape[0] / e["image"].shape[1])
     ax.axis("off"); draw_truth(ax, e["boxes"])
     old, new = (centres(x) for x in (grid_boxes(e["maps"].grid), e["maps"].places))
-    for i, (word, k) in enumerate(matches(e, n)):
+    for i, (words, k) in enumerate(matches(e, n)):
         x0, y0, x1, y1 = e["maps"].places[k]
-        ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=f"C{i}", linewidth=1.6, label=word))
+        ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=f"C{i}", linewidth=1.6, label=words))
         ax.annotate("", new[k], old[k], arrowprops=dict(arrowstyle="->", color=f"C{i}", linewidth=1.2, shrinkA=0, shrinkB=0))
         ax.plot(*old[k], "o", color=f"C{i}", markersize=2.5)
     ax.set_title(e["label"] + "\n" + bold(mark_words(e["text"], e["spans"], e["words"])), fontsize=7, loc="left", linespacing=1.25)
-    ax.legend(loc="upper center", bbox_to_anchor=(.5, -.01), ncols=2, fontsize=6.5, handlelength=1, columnspacing=1, frameon=False)
+    ax.legend(loc="upper center", bbox_to_anchor=(.5, -.01), fontsize=6.5, handlelength=1, labelspacing=.3, borderpad=.1, frameon=False)
 
 @figure_style()
 def plot_matches(
@@ -62,7 +62,7 @@ def plot_matches(
 ) -> plt.Figure:
     "A sheet of findings: which boxes their words took"
     if not shown: raise ValueError("matches: no report names a finding, there is nothing to show")
-    fig, axes = sheet(len(shown), columns, (2.3, 3.2), (0, .4), title)
+    fig, axes = sheet(len(shown), columns, (2.3, 3.5), (0, .4), title)
     for ax, e in zip(axes.flat, shown): draw_matches(ax, e)
     handles = [plt.Rectangle((0, 0), 1, 1, **(TRUTH | dict(edgecolor=".4")), label="where the finding is")] * any(len(e["boxes"]) for e in shown)
     handles += [plt.Line2D([], [], marker="o", color=".3", markersize=2.5, linewidth=1.2, label="from the fixed patch's middle to the box's")]
