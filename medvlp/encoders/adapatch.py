@@ -22,7 +22,7 @@ def sample_points(
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     return boxes[..., None, :2] + torch.stack([x, y], -1).flatten(0, 1).to(boxes) * (boxes[..., None, 2:] - boxes[..., None, :2])
 
-# %% ../../nbs/2_encoders/04_adapatch.ipynb #d5d05a45
+# %% ../../nbs/2_encoders/04_adapatch.ipynb #e935d93f
 class AdaPatch(nn.Module):
     "A stage's patches, each from a box that it chooses itself (AdaMatch Eq. 1-4)"
     def __init__(self,
@@ -43,10 +43,11 @@ class AdaPatch(nn.Module):
         maps:Tensor, # [B,C,H,W]; H and W divide by the stride
     ) -> Tensor: # [B,N,4] x0, y0, x1, y1 in 0..1, row by row from the top left
         "Where each patch looks"
-        seen = F.gelu(self.look(maps))
-        fixed = grid_boxes(seen.shape[2:]).to(seen)
+        moves = self.move(F.gelu(self.look(maps)).flatten(2).mT)
+        moves = moves.to(torch.promote_types(moves.dtype, torch.float32))      # half a width knows places to 1/256 only
+        fixed = grid_boxes([n // self.stride for n in maps.shape[2:]]).to(moves)
         side, centre = fixed[:, 2:] - fixed[:, :2], (fixed[:, :2] + fixed[:, 2:]) / 2
-        shift, stretch = self.move(seen.flatten(2).mT).split(2, -1)
+        shift, stretch = moves.split(2, -1)
         centre, half = centre + side * shift.tanh(), side * (stretch + self.size).tanh().relu()
         return torch.cat([centre - half, centre + half], -1).clamp(0, 1)
 
@@ -55,8 +56,8 @@ class AdaPatch(nn.Module):
     ) -> Tensor: # [B,H/s,W/s,C']; the boxes are left in `seen`
         self.seen = self.boxes(maps)
         at = sample_points(self.seen, self.points)
-        points = F.grid_sample(maps, 2 * at - 1, padding_mode="border", align_corners=False)     # [B,C,N,m*m]
-        return self.norm(self.mix(points.permute(0, 2, 3, 1).flatten(2))).unflatten(1, (maps.shape[2] // self.stride, maps.shape[3] // self.stride))
+        points = F.grid_sample(maps.to(at.dtype), 2 * at - 1, padding_mode="border", align_corners=False)     # [B,C,N,m*m]
+        return self.norm(self.mix(points.to(maps.dtype).permute(0, 2, 3, 1).flatten(2))).unflatten(1, (maps.shape[2] // self.stride, maps.shape[3] // self.stride))
 
 # %% ../../nbs/2_encoders/04_adapatch.ipynb #c17991bb
 def use_adapatch(
