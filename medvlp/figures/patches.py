@@ -49,7 +49,7 @@ def draw_matches(
     for i, (words, k) in enumerate(matches(e, n)):
         x0, y0, x1, y1 = e["maps"].places[k]
         ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=f"C{i}", linewidth=1.6, label=words))
-        ax.annotate("", new[k], old[k], arrowprops=dict(arrowstyle="->", color=f"C{i}", linewidth=1.2, shrinkA=0, shrinkB=0))
+        ax.annotate("", new[k], old[k], arrowprops=dict(arrowstyle="->", color=f"C{i}", linewidth=1.2, mutation_scale=5, shrinkA=0, shrinkB=0))
         ax.plot(*old[k], "o", color=f"C{i}", markersize=2.5)
     ax.set_title(e["label"] + "\n" + bold(mark_words(e["text"], e["spans"], e["words"])), fontsize=7, loc="left", linespacing=1.25)
     ax.legend(loc="upper center", bbox_to_anchor=(.5, -.01), fontsize=6.5, handlelength=1, labelspacing=.3, borderpad=.1, frameon=False)
