@@ -96,14 +96,15 @@ def section(
     name:str,  # a section, dotted where it is nested
     file:str|Path="params.yaml", # for messages
 ) -> dict: # key: value
-    "One section of a params file; an empty one is an empty dict"
+    "One section of a params file; an empty one is an empty dict, a single value of a section a dict of that one"
     node = tree
     for key in name.split("."):
         if not isinstance(node, dict) or key not in node:
             raise StageError(f'{file}: there is no section "{name}": {remedy(key, node if isinstance(node, dict) else ())}')
         node = node[key]
-    if not isinstance(node, dict | None): raise StageError(f"{file}: {name} is a value ({node!r}), not a section")
-    return node or {}
+    if isinstance(node, dict | None): return node or {}
+    if "." in name: return {key: node}
+    raise StageError(f"{file}: {name} is a value ({node!r}), not a section")
 
 # %% ../nbs/run.ipynb #721487b8
 def gather(
@@ -115,7 +116,7 @@ def gather(
     "Everything that a stage is given"
     given, problems = {}, []
     for name in sections:
-        with collect(problems): given |= {key: (value, f"{file}: {name}.{key}") for key, value in section(tree, name, file).items()}
+        with collect(problems): given |= {key: (value, f"{file}: {name.removesuffix('.' + key)}.{key}") for key, value in section(tree, name, file).items()}
     for item in sets:
         key, equals, text = item.partition("=")
         where = f"--set {item}"
