@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
-from ..data.batches import EpochSampler, StudyDataset, resolve_device, resolve_workers
+from ..data.batches import Addressed, StudyDataset, resolve_device, resolve_workers
 from ..data.images import eval_transform, train_transform
 from .probe import few_labels_table
 
@@ -58,9 +58,8 @@ class LabelledImages(Dataset):
         return dict(images=self.items[key]["image"], labels=self.labels[key[1] if isinstance(key, tuple) else key])
 
 # %% ../../nbs/8_tasks/05_finetune.ipynb #d26fbe8e
-class FineTuner(Trainer):
+class FineTuner(Addressed, Trainer):
     "A Trainer whose order of studies depends on seed and epoch alone"
-    def _get_train_sampler(self, dataset=None): return EpochSampler(len(self.train_dataset), self.args.seed, lambda: int(self.state.epoch or 0))
 
 def finetune_arguments(
     folder:str, # of its checkpoints

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
-from ..data.batches import Collate, EpochSampler, StudyDataset, resolve_device, resolve_workers
+from ..data.batches import Addressed, Collate, StudyDataset, resolve_device, resolve_workers
 from ..data.images import eval_transform, train_transform
 from ..data.prepare import check_writable
 
@@ -29,13 +29,11 @@ def resolve_precision(precision:str="auto", device:str="cpu") -> str: # bf16 or 
     return "bf16" if fast else "fp32"
 
 # %% ../../nbs/7_training/00_trainer.ipynb #c1c65a6d
-class MethodTrainer(Trainer):
+class MethodTrainer(Addressed, Trainer):
     "A Trainer that knows where in the training it is, and logs every term of the loss"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.sums = {"train": defaultdict(list), "eval": defaultdict(list)}
-
-    def _get_train_sampler(self, dataset=None): return EpochSampler(len(self.train_dataset), self.args.seed, lambda: int(self.state.epoch or 0))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.model.epoch = float(self.state.epoch or 0)
