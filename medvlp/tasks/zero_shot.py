@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MEASURES', 'CHEXPERT_FIVE', 'fill', 'places', 'prompt_sentences', 'check_lists', 'check_places', 'label_key',
            'match_findings', 'read_prompts', 'prompt_embeddings', 'prompt_scores', 'best_threshold', 'answer_scores',
-           'table_rows', 'yes_no_rows', 'exclusive', 'which_rows', 'zero_shot', 'zero_shot_scores', 'equal_classes']
+           'table_rows', 'yes_no_rows', 'exclusive', 'which_rows', 'zero_shot', 'zero_shot_scores', 'equal_classes',
+           'EqualSet', 'equal_set']
 
 # %% ../../nbs/8_tasks/07_zero_shot.ipynb #efa486ba
 import difflib, re
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from string import Formatter
+from typing import NamedTuple
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from sklearn.metrics import precision_recall_curve
 from torch import Tensor
@@ -293,3 +295,22 @@ def equal_classes(
     if there.min() < n and not fewer: raise ValueError(f"{n} studies each asked for, but with exactly one of the findings there are " + ", ".join(f"{c}: {m}" for c, m in zip(classes, there)) + ". Lower n, or take the largest equal number by fewer=True.")
     n = min(n, there.min())
     return np.sort(np.concatenate([np.random.default_rng((seed, k)).permutation(rows[which == k])[:n] for k in range(len(classes))]))
+
+# %% ../../nbs/8_tasks/07_zero_shot.ipynb #823040df
+class EqualSet(NamedTuple):
+    "Rows of the test pairs with exactly one of some classes, equally many of each"
+    rows: np.ndarray     # [n]
+    labels: pd.DataFrame # [n,K]
+
+    def named(self, scores:pd.DataFrame) -> pd.DataFrame: # its scores, `5x200` before each metric
+        K = self.labels.shape[1]
+        return scores.assign(metric=f"{K}x{len(self.rows) // K} " + scores.metric)
+
+def equal_set(
+    labels:pd.DataFrame, # [N,K] of the test pairs
+    classes=(), # some of their columns; empty: no row
+    per_class:int=200, # pairs of each; the largest equal number where there are fewer
+) -> EqualSet:
+    "The largest set of test pairs with equally many of each class"
+    rows = equal_classes(labels, classes, per_class, fewer=True) if len(classes) else np.zeros(0, int)
+    return EqualSet(rows, labels[list(classes)].iloc[rows])
