@@ -62,7 +62,7 @@ readme: install ## README.md from nbs/index.ipynb, and the pictures it shows fro
 	sed -i -E 's#\]\(([1-9]_|stages|images|own_method)#](nbs/\1#g' README.md
 
 phantom: install ## draw the demo's study set anew
-	python -m medvlp.data.phantom_set assets/demo --studies 1200 --seed 0
+	python -m medvlp.phantom.dataset assets/demo --studies 1200 --seed 0
 	dvc update data.dvc && dvc unfreeze data.dvc
 
 lock: install ## renew lock.txt from settings.ini

@@ -1,4 +1,5 @@
 "A study set and a training run small enough for tests. As a script: train METHOD on FOLDER/prepared into FOLDER/RUN."
+
 import sys
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -10,20 +11,31 @@ LEVELS = ["black", "dark", "grey", "light", "pale", "bright", "white", "clear"]
 def write_studies(folder, n=48):
     "Grey squares whose reports name the level; 8 levels, 3 splits, one label"
     folder = Path(folder)
-    (folder/"images").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True)
     rng, rows = np.random.default_rng(0), []
     for i in range(n):
         name = f"images/{i:03}.png"
-        Image.fromarray((30 * (i % 8) + rng.integers(0, 20, (48, 56))).astype(np.uint8)).save(folder/name)
-        rows.append(dict(file_name=name, study_id=f"s{i}", patient_id=f"p{i}", view="PA", findings=f"A {LEVELS[i % 8]} field is seen.", impression=f"Field {LEVELS[i % 8]}.",
-                         split="train" if i < n * 2 // 3 else "val" if i < n * 5 // 6 else "test", label_bright=int(i % 8 > 3)))
-    pd.DataFrame(rows).to_csv(folder/"metadata.csv", index=False)
+        Image.fromarray((30 * (i % 8) + rng.integers(0, 20, (48, 56))).astype(np.uint8)).save(folder / name)
+        rows.append(
+            dict(
+                file_name=name,
+                study_id=f"s{i}",
+                patient_id=f"p{i}",
+                view="PA",
+                findings=f"A {LEVELS[i % 8]} field is seen.",
+                impression=f"Field {LEVELS[i % 8]}.",
+                split="train" if i < n * 2 // 3 else "val" if i < n * 5 // 6 else "test",
+                label_bright=int(i % 8 > 3),
+            )
+        )
+    pd.DataFrame(rows).to_csv(folder / "metadata.csv", index=False)
     return folder
 
 
 def prepare(source, output):
     from medvlp.data.prepare import prepare_studies, save_studies
-    from medvlp.data.sources import imagefolder
+    from medvlp.data.sources.imagefolder import imagefolder
+
     save_studies(*prepare_studies(imagefolder(source), image_size=40), output)
 
 
@@ -31,20 +43,61 @@ def train(folder, run, method="convirt", seed=0):
     "Pre-train into FOLDER/RUN; call again to resume"
     from transformers import set_seed
     from medvlp.data.prepare import load_studies
-    from medvlp.data.words import reports_tokenizer
+    from medvlp.data.tokens import reports_tokenizer
     from medvlp.methods.base import build_method
-    from medvlp.training.trainer import pretrain
+    from medvlp.training.pretrain import pretrain
+
     torch.set_num_threads(1)
     folder = Path(folder)
-    studies = {s: load_studies(folder/"prepared", s, paired=True) for s in ("train", "val")}
+    studies = {s: load_studies(folder / "prepared", s, paired=True) for s in ("train", "val")}
     tokenizer = reports_tokenizer(studies["train"], ["findings"], 100)
     image, options = dict(name="resnet10t", image_size=32), {}
-    if method == "mpma": image, options = dict(name="vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2), dict(rows=16, heads=2, slots=4, decoder_dim=32, decoder_heads=2, decoder_layers=1)
-    if method == "adamatch": image = dict(name="pvt_v2_b0", image_size=32, depths=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32], num_heads=[1, 1, 1, 1], patch_stride=16, prune=True, adapatch=[2, 3])
+    if method == "mpma":
+        image, options = (
+            dict(name="vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2),
+            dict(rows=16, heads=2, slots=4, decoder_dim=32, decoder_heads=2, decoder_layers=1),
+        )
+    if method == "adamatch":
+        image = dict(
+            name="pvt_v2_b0",
+            image_size=32,
+            depths=[1, 1, 1, 1],
+            embed_dims=[8, 16, 24, 32],
+            num_heads=[1, 1, 1, 1],
+            patch_stride=16,
+            prune=True,
+            adapatch=[2, 3],
+        )
     set_seed(seed)
-    model = build_method(method, image, dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64), len(tokenizer), dim=16, **options)
-    pretrain(model, tokenizer, studies, folder/run/"model", folder/run/"curves", folder/run/"checkpoints", seed=seed, epochs=10, batch_size=8, sections=["findings"],
-             learning_rate=1e-3, weight_decay=.05, warmup=.1, checkpoint_steps=3, log_steps=1, optimizer="lamb" if method == "adamatch" else "adamw", device="cpu", precision="fp32")
+    model = build_method(
+        method,
+        image,
+        dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64),
+        len(tokenizer),
+        dim=16,
+        **options,
+    )
+    pretrain(
+        model,
+        tokenizer,
+        studies,
+        folder / run / "model",
+        folder / run / "curves",
+        folder / run / "checkpoints",
+        seed=seed,
+        epochs=10,
+        batch_size=8,
+        sections=["findings"],
+        learning_rate=1e-3,
+        weight_decay=0.05,
+        warmup=0.1,
+        checkpoint_steps=3,
+        log_steps=1,
+        optimizer="lamb" if method == "adamatch" else "adamw",
+        device="cpu",
+        precision="fp32",
+    )
 
 
-if __name__ == "__main__": train(*sys.argv[1:4])
+if __name__ == "__main__":
+    train(*sys.argv[1:4])

@@ -1,25 +1,31 @@
 "Bad input: one clear error that names the place and the remedy, or a counted entry in the quarantine"
+
 import io, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 import small
-from medvlp.data.prepare import check_writable, prepare_studies, save_studies
-from medvlp.data.sources import imagefolder
+from medvlp.data.prepare import check_writable, prepare_studies
+from medvlp.data.sources.imagefolder import imagefolder
 from medvlp.data.studies import StudyError
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def studies(tmp_path): return small.write_studies(tmp_path/"data")
+def studies(tmp_path):
+    return small.write_studies(tmp_path / "data")
+
 
 def edit(folder, change):
     "Change metadata.csv as a table"
-    table = change(pd.read_csv(folder/"metadata.csv", dtype=str, keep_default_na=False))
-    table.to_csv(folder/"metadata.csv", index=False)
+    table = change(pd.read_csv(folder / "metadata.csv", dtype=str, keep_default_na=False))
+    table.to_csv(folder / "metadata.csv", index=False)
 
-def prepare(folder, **options): return prepare_studies(imagefolder(folder), image_size=40, source=str(folder), **options)
+
+def prepare(folder, **options):
+    return prepare_studies(imagefolder(folder), image_size=40, source=str(folder), **options)
+
 
 def only_entry(folder, **options):
     "The single quarantine entry of a set of 48 in which one study is bad"
@@ -29,16 +35,22 @@ def only_entry(folder, **options):
     return frame.iloc[0]
 
 
-@pytest.mark.parametrize("damage, reason", [
-    (lambda p: p.write_bytes(jpeg()[:400]), "cannot be decoded: image file is truncated"),
-    (lambda p: p.write_bytes(b""), "0 bytes"),
-    (lambda p: Image.new("L", (1, 1)).save(p), "only 1 x 1 pixels"),
-    (lambda p: p.unlink(), "no such file")], ids=["truncated JPEG", "zero bytes", "1 x 1", "missing"])
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda p: p.write_bytes(jpeg()[:400]), "cannot be decoded: image file is truncated"),
+        (lambda p: p.write_bytes(b""), "0 bytes"),
+        (lambda p: Image.new("L", (1, 1)).save(p), "only 1 x 1 pixels"),
+        (lambda p: p.unlink(), "no such file"),
+    ],
+    ids=["truncated JPEG", "zero bytes", "1 x 1", "missing"],
+)
 def test_unreadable_image_is_set_aside(studies, damage, reason):
-    path = studies/"images"/"005.png"
+    path = studies / "images" / "005.png"
     damage(path)
     entry = only_entry(studies)
     assert entry.study_id == "s5" and entry.field == "image" and reason in entry.reason and entry.file == str(path)
+
 
 def jpeg(mode="L", size=(64, 64)):
     out = io.BytesIO()
@@ -48,29 +60,46 @@ def jpeg(mode="L", size=(64, 64)):
 
 def test_sixteen_bit_png_keeps_its_grey_levels(studies):
     ramp = np.linspace(0, 65535, 48 * 56).reshape(48, 56).astype(np.uint16)
-    Image.fromarray(ramp).save(studies/"images"/"000.png")
+    Image.fromarray(ramp).save(studies / "images" / "000.png")
     prepared, quarantine = prepare(studies)
     pixels = np.asarray(prepared[0]["image"])
-    assert not len(quarantine) and pixels.dtype == np.uint8 and pixels.min() < 5 and pixels.max() > 250 and abs(pixels.mean() - 127) < 5
+    assert (
+        not len(quarantine)
+        and pixels.dtype == np.uint8
+        and pixels.min() < 5
+        and pixels.max() > 250
+        and abs(pixels.mean() - 127) < 5
+    )
+
 
 def test_cmyk_jpeg_becomes_grey(studies):
-    (studies/"images"/"000.png").write_bytes(jpeg("CMYK"))
+    (studies / "images" / "000.png").write_bytes(jpeg("CMYK"))
     prepared, quarantine = prepare(studies)
     assert not len(quarantine) and prepared[0]["image"].mode == "L"
 
 
 def test_duplicate_study_id(studies):
     edit(studies, lambda t: t.assign(study_id=t.study_id.replace("s7", "s3")))
-    with pytest.raises(StudyError, match=r"study_id 's3' stands in rows 4, 8"): prepare(studies)
+    with pytest.raises(StudyError, match=r"study_id 's3' stands in rows 4, 8"):
+        prepare(studies)
+
 
 def test_patient_in_two_splits(studies):
     edit(studies, lambda t: t.assign(patient_id=t.patient_id.replace("p47", "p0")))
-    with pytest.raises(StudyError, match=r"patient 'p0' stands in train \(row 1\), test \(row 48\).*one split"): prepare(studies)
+    with pytest.raises(StudyError, match=r"patient 'p0' stands in train \(row 1\), test \(row 48\).*one split"):
+        prepare(studies)
+
 
 def test_empty_report_keeps_an_image_that_has_labels(studies):
-    edit(studies, lambda t: t.assign(findings=t.findings.where(t.index != 4, ""), impression=t.impression.where(t.index != 4, "")))
+    edit(
+        studies,
+        lambda t: t.assign(
+            findings=t.findings.where(t.index != 4, ""), impression=t.impression.where(t.index != 4, "")
+        ),
+    )
     entry = only_entry(studies)
     assert entry.study_id == "s4" and "report of 0 words" in entry.reason and entry.excluded_from == "pairs"
+
 
 def test_report_of_5000_words_is_cut_to_the_encoder(studies, tmp_path):
     edit(studies, lambda t: t.assign(findings=t.findings.where(t.index != 0, "opacity " * 5000)))
@@ -78,48 +107,74 @@ def test_report_of_5000_words_is_cut_to_the_encoder(studies, tmp_path):
     assert not len(quarantine) and len(prepared[0]["findings"].split()) == 5000
     from medvlp.data.batches import Collate, StudyDataset
     from medvlp.data.images import eval_transform
-    from medvlp.data.words import reports_tokenizer
+    from medvlp.data.tokens import reports_tokenizer
+
     tokenizer = reports_tokenizer(prepared, ["findings"], 100)
     assert Collate(tokenizer, 112)([StudyDataset(prepared, eval_transform(32))[0]])["input_ids"].shape == (1, 112)
 
+
 def test_report_that_is_not_utf8(studies):
-    path = studies/"metadata.csv"
+    path = studies / "metadata.csv"
     path.write_bytes(path.read_bytes().replace(b"A dark field", b"A d\xe4rk field", 1))
     entry = only_entry(studies)
     assert entry.study_id == "s1" and "UTF-8" in entry.reason and entry.field == "findings"
 
+
 def test_metadata_without_a_needed_column(studies):
     edit(studies, lambda t: t.drop(columns="patient_id"))
-    with pytest.raises(StudyError, match=r"metadata.csv: no column patient_id. The columns are: file_name"): prepare(studies)
+    with pytest.raises(StudyError, match=r"metadata.csv: no column patient_id. The columns are: file_name"):
+        prepare(studies)
+
 
 def test_label_column_missing(studies):
-    with pytest.raises(StudyError, match=r"no label oedema.*downstream.labels.*bright"): prepare(studies, labels=["oedema"])
+    with pytest.raises(StudyError, match=r"no label oedema.*downstream.labels.*bright"):
+        prepare(studies, labels=["oedema"])
 
 
 def run(*arguments):
     "The stage runner from the command line, with a changed params.yaml"
-    return subprocess.run([sys.executable, "-m", "medvlp.run", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "medvlp.project.stage", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
 
 def changed_params(tmp_path, old, new):
-    text = (ROOT/"params.yaml").read_text()
+    text = (ROOT / "params.yaml").read_text()
     assert old in text
-    (tmp_path/"params.yaml").write_text(text.replace(old, new, 1))
-    return tmp_path/"params.yaml"
+    (tmp_path / "params.yaml").write_text(text.replace(old, new, 1))
+    return tmp_path / "params.yaml"
+
 
 def test_misspelt_key(tmp_path):
     done = run("--check", "--params", changed_params(tmp_path, "  learning_rate:", "  learning_rat:"))
-    assert done.returncode == 2 and 'pretrain.learning_rat' in done.stderr and 'did you mean "learning_rate"?' in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "pretrain.learning_rat" in done.stderr
+        and 'did you mean "learning_rate"?' in done.stderr
+        and "Traceback" not in done.stderr
+    )
+
 
 def test_negative_batch_size(tmp_path):
     done = run("--check", "--params", changed_params(tmp_path, "  batch_size: ", "  batch_size: -"))
-    assert done.returncode == 2 and "pretrain.batch_size: -" in done.stderr and "greater than 0" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "pretrain.batch_size: -" in done.stderr
+        and "greater than 0" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+
 
 def test_no_write_permission(tmp_path):
-    locked = tmp_path/"locked"
+    locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)
     root = os.geteuid() == 0
-    if root: os.chmod(tmp_path, 0o755); os.seteuid(65534)      # root may write anywhere: be nobody for a moment
+    if root:
+        os.chmod(tmp_path, 0o755)
+        os.seteuid(65534)  # root may write anywhere: be nobody for a moment
     try:
-        with pytest.raises(PermissionError, match="cannot be written to.*another folder"): check_writable(locked/"output")
+        with pytest.raises(PermissionError, match="cannot be written to.*another folder"):
+            check_writable(locked / "output")
     finally:
-        if root: os.seteuid(0)
+        if root:
+            os.seteuid(0)

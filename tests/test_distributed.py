@@ -1,4 +1,5 @@
 "Two processes give the loss and the gradient of one process on the whole batch"
+
 import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
 from medvlp.losses.contrastive import gather, info_nce
@@ -11,96 +12,212 @@ from medvlp.losses.tokenwise import CrossAttention, cross_token_alignment
 from medvlp.methods.base import build_method
 
 
-def draw(*shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def draw(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
 
 class Heads(nn.Module):
     "Two projections, and a batch of eight studies for them"
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.heads = nn.ModuleList([nn.Linear(5, 4), nn.Linear(6, 4)])
-    def batch(self): return draw(8, 5), draw(8, 6)
+
+    def batch(self):
+        return draw(8, 5), draw(8, 6)
+
 
 class Contrastive(Heads):
     "Negatives from all processes: each finds the loss of the whole batch"
-    def forward(self, images, texts): return info_nce(gather(self.heads[0](images)), gather(self.heads[1](texts)), temperature=.2)
+
+    def forward(self, images, texts):
+        return info_nce(gather(self.heads[0](images)), gather(self.heads[1](texts)), temperature=0.2)
+
 
 class Prototypical(Heads):
     "Codes balanced over all processes; each process finds the loss of its own studies"
-    def __init__(self): super().__init__(); self.prototypes = Prototypes(3, 4)
-    def forward(self, images, texts): return self.prototypes(self.heads[0](images), self.heads[1](texts))
+
+    def __init__(self):
+        super().__init__()
+        self.prototypes = Prototypes(3, 4)
+
+    def forward(self, images, texts):
+        return self.prototypes(self.heads[0](images), self.heads[1](texts))
+
 
 class Tokens(Heads):
     "Patches and words; a process pads its reports no further than its longest, here 7 words and 6"
-    def batch(self): return draw(8, 9, 5), draw(8, 7, 6), torch.arange(7) < torch.tensor([7, 1, 3, 5, 2, 4, 6, 3])[:, None]
+
+    def batch(self):
+        return draw(8, 9, 5), draw(8, 7, 6), torch.arange(7) < torch.tensor([7, 1, 3, 5, 2, 4, 6, 3])[:, None]
+
     def forward(self, patches, words, mask):
         longest = mask.sum(1).max()
         return self.loss(self.heads[0](patches), self.heads[1](words[:, :longest]), mask[:, :longest])
 
+
 class Tokenwise(Tokens):
     "Every study by itself"
-    def __init__(self): super().__init__(); self.attention = nn.ModuleList([CrossAttention(4), CrossAttention(4)])
-    def loss(self, patches, words, mask): return cross_token_alignment(patches, words, mask, words_to_patches=self.attention[0], patches_to_words=self.attention[1])
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.ModuleList([CrossAttention(4), CrossAttention(4)])
+
+    def loss(self, patches, words, mask):
+        return cross_token_alignment(
+            patches, words, mask, words_to_patches=self.attention[0], patches_to_words=self.attention[1]
+        )
+
 
 class Regional(Tokens):
     "Every image against every report: each process scores its own reports, and finds the loss of the whole batch"
-    def loss(self, patches, words, mask): return sum(both_ways(10 * gathered_scores(region_word_scores, patches, words, mask)))
+
+    def loss(self, patches, words, mask):
+        return sum(both_ways(10 * gathered_scores(region_word_scores, patches, words, mask)))
+
 
 class Grouped(Tokens):
     "Every study by itself, but for the thresholds, which all processes share"
-    def __init__(self): super().__init__(); self.attention = nn.ModuleList([CrossAttention(4), CrossAttention(4)]); self.gates = nn.ModuleList([ThresholdGate(.5), ThresholdGate(.5)])
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.ModuleList([CrossAttention(4), CrossAttention(4)])
+        self.gates = nn.ModuleList([ThresholdGate(0.5), ThresholdGate(0.5)])
+
     def loss(self, patches, words, mask):
         words = words.masked_fill(~mask[..., None], 0)
         similarity = words @ patches.mT
         tgv = group(similarity, self.gates[0](similarity, rows=mask)) @ patches
         pgl = group(similarity.mT, self.gates[1](similarity.mT, mask=mask), mask) @ words
-        return group_alignment(patches, words, pgl, tgv, mask, temperature=.3) + cross_token_alignment(pgl, tgv, mask, words_to_patches=self.attention[0], patches_to_words=self.attention[1], temperature=.1)
+        return group_alignment(patches, words, pgl, tgv, mask, temperature=0.3) + cross_token_alignment(
+            pgl, tgv, mask, words_to_patches=self.attention[0], patches_to_words=self.attention[1], temperature=0.1
+        )
+
 
 class Aligned(Tokens):
     "Rows and words, patches and words, of every image with every report: each process finds the loss of the whole batch"
-    def loss(self, patches, words, mask): return global_alignment(patches[:, :5], words, mask, temperature=.2) + local_alignment(patches, words, mask)
+
+    def loss(self, patches, words, mask):
+        return global_alignment(patches[:, :5], words, mask, temperature=0.2) + local_alignment(patches, words, mask)
+
 
 class Matched(Tokens):
     "Patches and words that choose each other, over all images and reports"
-    def __init__(self): super().__init__(); self.temperature = nn.Parameter(torch.tensor(.2))
-    def loss(self, patches, words, mask): return sum(match_losses(gathered_scores(best_matches, patches, words, mask), self.temperature))
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(0.2))
+
+    def loss(self, patches, words, mask):
+        return sum(match_losses(gathered_scores(best_matches, patches, words, mask), self.temperature))
+
 
 class Whole(nn.Module):
     "A whole method: encoders, saliency, heads and all terms. Batch norms go by their running statistics: to share those of a batch takes GPUs"
-    options, image = {}, dict(name="vit_tiny_patch16_224", image_size=32, embed_dim=32, num_heads=2, depth=1, saliency=True)
+
+    options, image = (
+        {},
+        dict(name="vit_tiny_patch16_224", image_size=32, embed_dim=32, num_heads=2, depth=1, saliency=True),
+    )
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, hidden_dropout_prob=0., attention_probs_dropout_prob=0., saliency=True)
+        text = dict(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            saliency=True,
+        )
         self.method = build_method(type(self).__name__.lower(), self.image, text, vocab_size=50, dim=8, **self.options)
-        self.method.epoch = 1.     # prototypes move from here on
+        self.method.epoch = 1.0  # prototypes move from here on
+
     def train(self, mode=True):
         super().train(mode)
         for m in self.modules():
-            if isinstance(m, nn.BatchNorm1d): m.eval()
+            if isinstance(m, nn.BatchNorm1d):
+                m.eval()
         return self
+
     def batch(self):
         length, place = torch.tensor([9, 4, 3, 6, 5, 4, 3, 7])[:, None], torch.arange(9)
         ids = torch.randint(5, 50, (8, 9), generator=torch.Generator().manual_seed(2))
-        return draw(8, 1, 32, 32).sigmoid(), ids, (place < length).long(), torch.where((place > 0) & (place < length - 1), (place - 1) // 2, -1)
-    def forward(self, images, input_ids, attention_mask, word_ids): return self.method(images, input_ids, attention_mask, word_ids)["loss"]
+        return (
+            draw(8, 1, 32, 32).sigmoid(),
+            ids,
+            (place < length).long(),
+            torch.where((place > 0) & (place < length - 1), (place - 1) // 2, -1),
+        )
 
-class Mgca(Whole): options = dict(n_prototypes=5)
-class Gloria(Whole): pass
-class Sparc(Whole): pass
-class Aga(Whole): options = dict(gamma=.5)
+    def forward(self, images, input_ids, attention_mask, word_ids):
+        return self.method(images, input_ids, attention_mask, word_ids)["loss"]
+
+
+class Mgca(Whole):
+    options = dict(n_prototypes=5)
+
+
+class Gloria(Whole):
+    pass
+
+
+class Sparc(Whole):
+    pass
+
+
+class Aga(Whole):
+    options = dict(gamma=0.5)
+
+
 class Mpma(Whole):
     "Studies keep their masks, whichever process has them; the processes have unequal numbers of hidden pieces"
+
     options = dict(rows=5, heads=2, slots=3, decoder_dim=16, decoder_heads=2, decoder_layers=1)
-    def batch(self): return *super().batch(), torch.arange(100, 108)
-    def forward(self, *batch): return self.method(*batch)["loss"]
+
+    def batch(self):
+        return *super().batch(), torch.arange(100, 108)
+
+    def forward(self, *batch):
+        return self.method(*batch)["loss"]
+
 
 class Adamatch(Whole):
-    image = dict(name="pvt_v2_b0", image_size=32, depths=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32], num_heads=[1, 1, 1, 1], patch_stride=16, prune=True, adapatch=[2, 3])
+    image = dict(
+        name="pvt_v2_b0",
+        image_size=32,
+        depths=[1, 1, 1, 1],
+        embed_dims=[8, 16, 24, 32],
+        num_heads=[1, 1, 1, 1],
+        patch_stride=16,
+        prune=True,
+        adapatch=[2, 3],
+    )
 
-LOSSES = [Contrastive, Prototypical, Tokenwise, Regional, Grouped, Aligned, Matched, Mgca, Gloria, Sparc, Aga, Mpma, Adamatch]
 
-def scores(): return draw(8, 3).tanh()
+LOSSES = [
+    Contrastive,
+    Prototypical,
+    Tokenwise,
+    Regional,
+    Grouped,
+    Aligned,
+    Matched,
+    Mgca,
+    Gloria,
+    Sparc,
+    Aga,
+    Mpma,
+    Adamatch,
+]
+
+
+def scores():
+    return draw(8, 3).tanh()
+
 
 def worker(rank, world, file, results):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
@@ -109,17 +226,22 @@ def worker(rank, world, file, results):
         model = nn.parallel.DistributedDataParallel(loss().double().train())
         value = model(*(x.chunk(world)[rank] for x in model.module.batch()))
         value.backward()
-        found[loss.__name__] = value.item(), [p.grad.tolist() for p in model.parameters()], [b.tolist() for b in model.module.buffers()]
+        found[loss.__name__] = (
+            value.item(),
+            [p.grad.tolist() for p in model.parameters()],
+            [b.tolist() for b in model.module.buffers()],
+        )
     found["codes"] = sinkhorn(scores().split([5, 3])[rank]).tolist()
     results[rank] = found
     dist.destroy_process_group()
+
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     "What each of two processes found"
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(worker, (2, tmp_path_factory.mktemp("gloo")/"rendezvous", results), nprocs=2)
+        mp.spawn(worker, (2, tmp_path_factory.mktemp("gloo") / "rendezvous", results), nprocs=2)
         assert set(results.keys()) == {0, 1}
         return [results[0], results[1]]
 
@@ -131,17 +253,24 @@ def test_two_processes_equal_one(processes, loss):
     value.backward()
     values, grads, buffers = zip(*(found[loss.__name__] for found in processes))
     assert abs(sum(values) / 2 - value.item()) < 1e-12
-    if loss in (Contrastive, Regional, Aligned, Matched): assert abs(values[0] - values[1]) < 1e-12
+    if loss in (Contrastive, Regional, Aligned, Matched):
+        assert abs(values[0] - values[1]) < 1e-12
     for found in grads:
-        for g, p in zip(found, alone.parameters(), strict=True): torch.testing.assert_close(torch.tensor(g, dtype=torch.float64), p.grad, atol=1e-12, rtol=0)
+        for g, p in zip(found, alone.parameters(), strict=True):
+            torch.testing.assert_close(torch.tensor(g, dtype=torch.float64), p.grad, atol=1e-12, rtol=0)
     for found in buffers:
-        for b, own in zip(found, alone.buffers(), strict=True): torch.testing.assert_close(torch.tensor(b, dtype=torch.float64), own, atol=1e-12, rtol=0, check_dtype=False)
+        for b, own in zip(found, alone.buffers(), strict=True):
+            torch.testing.assert_close(torch.tensor(b, dtype=torch.float64), own, atol=1e-12, rtol=0, check_dtype=False)
+
 
 def test_scores_shared_out_are_those_of_region_word():
     alone = Regional().double()
     patches, words, mask = alone.batch()
     patches, words = alone.heads[0](patches), alone.heads[1](words)
-    torch.testing.assert_close(alone.loss(patches, words, mask), sum(region_word(patches, words, mask)), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        alone.loss(patches, words, mask), sum(region_word(patches, words, mask)), atol=1e-12, rtol=0
+    )
+
 
 def test_a_gate_sees_the_studies_of_all_processes(processes):
     "The threshold is not what one process's own studies would give"
@@ -149,6 +278,7 @@ def test_a_gate_sees_the_studies_of_all_processes(processes):
     patches, words, mask = (x[:4] for x in alone.batch())
     alone(patches, words, mask)
     assert abs(alone.gates[0].sigma.item() - processes[0]["Grouped"][2][0]) > 1e-3
+
 
 def test_codes_of_two_processes_with_unequal_shares(processes):
     codes = torch.tensor(processes[0]["codes"] + processes[1]["codes"], dtype=torch.float64)

@@ -19,36 +19,42 @@ class ImageError(ValueError):
 
 # %% ../../nbs/1_data/01_images.ipynb #5fb9a250
 def window(
-    pixels:np.ndarray, # [H,W] of any depth
-    percentiles=(.5, 99.5), # darkest and brightest level that stay apart
-) -> np.ndarray: # [H,W] uint8
+    pixels: np.ndarray,  # [H,W] of any depth
+    percentiles=(0.5, 99.5),  # darkest and brightest level that stay apart
+) -> np.ndarray:  # [H,W] uint8
     "Spread the grey levels between two percentiles over 0..255"
     pixels = pixels.astype(np.float32)
     low, high = np.percentile(pixels, percentiles)
-    if high <= low: low, high = pixels.min(), max(pixels.max(), pixels.min() + 1)
+    if high <= low:
+        low, high = pixels.min(), max(pixels.max(), pixels.min() + 1)
     return (255 * (np.clip(pixels, low, high) - low) / (high - low)).round().astype(np.uint8)
 
 # %% ../../nbs/1_data/01_images.ipynb #bd44d6dd
 def read_dicom(
-    path:str|Path, # a single-frame DICOM file
-) -> Image.Image: # mode L
+    path: str | Path,  # a single-frame DICOM file
+) -> Image.Image:  # mode L
     "Decode a DICOM radiograph with its lookup tables; MONOCHROME1 is inverted"
     import pydicom
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
     try:
         ds = pydicom.dcmread(path)
         pixels = apply_voi_lut(apply_modality_lut(ds.pixel_array, ds), ds)
-    except Exception as e: raise ImageError(f"DICOM cannot be decoded: {e}") from e
-    if pixels.ndim != 2: raise ImageError(f"DICOM of shape {pixels.shape}, a single grey frame is needed")
-    if ds.get("PhotometricInterpretation") == "MONOCHROME1": pixels = pixels.max() - pixels
+    except Exception as e:
+        raise ImageError(f"DICOM cannot be decoded: {e}") from e
+    if pixels.ndim != 2:
+        raise ImageError(f"DICOM of shape {pixels.shape}, a single grey frame is needed")
+    if ds.get("PhotometricInterpretation") == "MONOCHROME1":
+        pixels = pixels.max() - pixels
     return Image.fromarray(window(pixels))
 
 # %% ../../nbs/1_data/01_images.ipynb #4c305a64
 def to_grey(
-    image:Image.Image, # as Pillow opened it, of any mode
-) -> Image.Image: # mode L
+    image: Image.Image,  # as Pillow opened it, of any mode
+) -> Image.Image:  # mode L
     "Grey of 8 bits: deep pictures are windowed, colour is weighed, transparency lies on black"
-    if image.mode.startswith("I") or image.mode == "F": return Image.fromarray(window(np.asarray(image)))
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(window(np.asarray(image)))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
@@ -56,43 +62,58 @@ def to_grey(
 
 # %% ../../nbs/1_data/01_images.ipynb #ddad5f10
 def read_image(
-    path:str|Path, # JPEG, PNG, DICOM or whatever Pillow reads
-    min_side:int=32, # pixels; smaller pictures are thumbnails or damage
-) -> Image.Image: # mode L
+    path: str | Path,  # JPEG, PNG, DICOM or whatever Pillow reads
+    min_side: int = 32,  # pixels; smaller pictures are thumbnails or damage
+) -> Image.Image:  # mode L
     "Read a radiograph; `ImageError` says why it cannot be"
     path = Path(path)
-    if not path.is_file(): raise ImageError("no such file")
-    if path.stat().st_size == 0: raise ImageError("file is empty (0 bytes)")
-    if path.suffix.lower() in (".dcm", ".dicom"): image = read_dicom(path)
+    if not path.is_file():
+        raise ImageError("no such file")
+    if path.stat().st_size == 0:
+        raise ImageError("file is empty (0 bytes)")
+    if path.suffix.lower() in (".dcm", ".dicom"):
+        image = read_dicom(path)
     else:
-        try: 
-            with Image.open(path) as f: image = to_grey(f)
-        except UnidentifiedImageError: raise ImageError("not an image that can be identified") from None
-        except (OSError, SyntaxError, ValueError) as e: raise ImageError(f"cannot be decoded: {e}") from e
-    if min(image.size) < min_side: raise ImageError(f"only {image.width} x {image.height} pixels, at least {min_side} a side are needed")
+        try:
+            with Image.open(path) as f:
+                image = to_grey(f)
+        except UnidentifiedImageError:
+            raise ImageError("not an image that can be identified") from None
+        except (OSError, SyntaxError, ValueError) as e:
+            raise ImageError(f"cannot be decoded: {e}") from e
+    if min(image.size) < min_side:
+        raise ImageError(f"only {image.width} x {image.height} pixels, at least {min_side} a side are needed")
     return image
 
 # %% ../../nbs/1_data/01_images.ipynb #7f067347
 def shrink(
-    image:Image.Image,
-    size:int, # pixels of the shorter side
-    nearest:bool=False, # for masks, whose values are names
+    image: Image.Image,
+    size: int,  # pixels of the shorter side
+    nearest: bool = False,  # for masks, whose values are names
 ) -> Image.Image:
     "Resize so that the shorter side has `size` pixels, keeping the proportions"
     scale = size / min(image.size)
     target = tuple(max(size, round(s * scale)) for s in image.size)
-    return image if target == image.size else image.resize(target, Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR, reducing_gap=None if nearest else 3.)
+    return (
+        image
+        if target == image.size
+        else image.resize(
+            target,
+            Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR,
+            reducing_gap=None if nearest else 3.0,
+        )
+    )
 
 # %% ../../nbs/1_data/01_images.ipynb #fe4a79a9
 def address(
-    *key:int, # e.g. (seed, epoch, study index)
-) -> int: # 64 bits
+    *key: int,  # e.g. (seed, epoch, study index)
+) -> int:  # 64 bits
     "One seed from several integers; neighbouring keys give unrelated seeds"
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 # %% ../../nbs/1_data/01_images.ipynb #ab82e844
 @contextmanager
-def addressed(*key:int):
+def addressed(*key: int):
     "Within this block torch's CPU generator is seeded by `key`; afterwards it is as it was"
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(address(*key))
@@ -100,17 +121,25 @@ def addressed(*key:int):
 
 # %% ../../nbs/1_data/01_images.ipynb #83624064
 def train_transform(
-    size:int, # pixels of the square that the encoder sees
-    degrees:float=5., # largest turn
-    contrast:float=.2, # brightness and contrast vary by this share
+    size: int,  # pixels of the square that the encoder sees
+    degrees: float = 5.0,  # largest turn
+    contrast: float = 0.2,  # brightness and contrast vary by this share
 ):
     "Random square cut, turn and exposure: grey picture to [1,size,size] float32 in 0..1"
     turn = [v2.RandomAffine(degrees, interpolation=v2.InterpolationMode.BILINEAR)] if degrees else []
-    return v2.Compose([*turn, v2.RandomCrop(size, pad_if_needed=True), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.ColorJitter(contrast, contrast)])
+    return v2.Compose(
+        [
+            *turn,
+            v2.RandomCrop(size, pad_if_needed=True),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.ColorJitter(contrast, contrast),
+        ]
+    )
 
 # %% ../../nbs/1_data/01_images.ipynb #9809fb75
 def eval_transform(
-    size:int, # pixels of the square that the encoder sees
+    size: int,  # pixels of the square that the encoder sees
 ):
     "The middle square: grey picture to [1,size,size] float32 in 0..1"
     return v2.Compose([v2.CenterCrop(size), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])

@@ -9,28 +9,59 @@ __all__ = ['HEADINGS', 'MIN_WORDS', 'split_report', 'clean', 'count_words', 'rep
 import re, unicodedata
 import torch
 
-HEADINGS = {"findings": "findings", "finding": "findings", "impression": "impression", "impressions": "impression", "conclusion": "impression", "opinion": "impression", "imaging notes": "findings",
-    "findings and impression": "findings", "findings/impression": "findings", "impression and recommendation": "impression", "impression and recommendations": "impression",
-    "indication": None, "history": None, "clinical history": None, "clinical information": None, "reason for exam": None, "comparison": None, "technique": None, "examination": None, "exam": None,
-    "presentation": None, "discussion": None, "recommendation": None, "recommendations": None, "recommendation(s)": None, "notification": None, "notifications": None, "wet read": None}
-_heading = re.compile(r"(?:^|(?<=[\n.]))[ \t.]*(" + "|".join(map(re.escape, sorted(HEADINGS, key=len, reverse=True))) + r")[ \t]*:", re.IGNORECASE)
+HEADINGS = {
+    "findings": "findings",
+    "finding": "findings",
+    "impression": "impression",
+    "impressions": "impression",
+    "conclusion": "impression",
+    "opinion": "impression",
+    "imaging notes": "findings",
+    "findings and impression": "findings",
+    "findings/impression": "findings",
+    "impression and recommendation": "impression",
+    "impression and recommendations": "impression",
+    "indication": None,
+    "history": None,
+    "clinical history": None,
+    "clinical information": None,
+    "reason for exam": None,
+    "comparison": None,
+    "technique": None,
+    "examination": None,
+    "exam": None,
+    "presentation": None,
+    "discussion": None,
+    "recommendation": None,
+    "recommendations": None,
+    "recommendation(s)": None,
+    "notification": None,
+    "notifications": None,
+    "wet read": None,
+}
+_heading = re.compile(
+    r"(?:^|(?<=[\n.]))[ \t.]*(" + "|".join(map(re.escape, sorted(HEADINGS, key=len, reverse=True))) + r")[ \t]*:",
+    re.IGNORECASE,
+)
 
 # %% ../../nbs/1_data/02_reports.ipynb #b2aa60d5
 def split_report(
-    text:str, # a whole report
-    fallback:bool=True, # without either section: the text before the first heading, or all of it
-) -> dict: # {"findings", "impression"}, either may be empty
+    text: str,  # a whole report
+    fallback: bool = True,  # without either section: the text before the first heading, or all of it
+) -> dict:  # {"findings", "impression"}, either may be empty
     "Findings and impression of a report by its headings"
     marks = list(_heading.finditer(text))
     parts = {"findings": [], "impression": []}
     for m, end in zip(marks, [n.start() for n in marks[1:]] + [len(text)]):
-        if section := HEADINGS[m[1].lower()]: parts[section].append(text[m.end():end].strip())
-    if fallback and not any(map(any, parts.values())): parts["findings"].append((text[:marks[0].start()].strip() if marks else "") or text)
+        if section := HEADINGS[m[1].lower()]:
+            parts[section].append(text[m.end() : end].strip())
+    if fallback and not any(map(any, parts.values())):
+        parts["findings"].append((text[: marks[0].start()].strip() if marks else "") or text)
     return {k: " ".join(filter(None, v)).strip() for k, v in parts.items()}
 
 # %% ../../nbs/1_data/02_reports.ipynb #47562d00
 def clean(
-    text:str, # of a section
+    text: str,  # of a section
 ) -> str:
     "One line of plain text: normalised characters, no blanks for removed names, no list numbers, single spaces"
     text = unicodedata.normalize("NFKC", text)
@@ -43,28 +74,32 @@ def clean(
 # %% ../../nbs/1_data/02_reports.ipynb #31da3618
 MIN_WORDS = 3
 
-def count_words(text:str) -> int:
+
+def count_words(text: str) -> int:
     "Runs of letters or digits, an inner apostrophe or hyphen included"
     return len(re.findall(r"\w+(?:['’-]\w+)*", text))
 
 # %% ../../nbs/1_data/02_reports.ipynb #23fef1eb
 def report_text(
-    study:dict, # has `findings` and `impression`
-    sections=("impression", "findings"), # which, in which order
-) -> str: # what the text encoder reads
+    study: dict,  # has `findings` and `impression`
+    sections=("impression", "findings"),  # which, in which order
+) -> str:  # what the text encoder reads
     "The report of a study as one text"
     unknown = set(sections) - {"findings", "impression"}
-    if unknown or not sections: raise ValueError(f"sections {list(sections)}: give findings, impression or both")
+    if unknown or not sections:
+        raise ValueError(f"sections {list(sections)}: give findings, impression or both")
     return " ".join(filter(None, (study[s] for s in sections)))
 
 # %% ../../nbs/1_data/02_reports.ipynb #6490933d
 def sample_sentences(
-    text:str, # a report
-    keep:float=1., # probability of each sentence; 1 leaves the report as it is
-) -> str: # at least one sentence
+    text: str,  # a report
+    keep: float = 1.0,  # probability of each sentence; 1 leaves the report as it is
+) -> str:  # at least one sentence
     "A drawn subset of a report's sentences in a drawn order (after ConVIRT's text transformation)"
-    if not 0 < keep <= 1: raise ValueError(f"augment.sentences is {keep}: give a probability above 0, 1 for the whole report")
-    if keep == 1: return text
+    if not 0 < keep <= 1:
+        raise ValueError(f"augment.sentences is {keep}: give a probability above 0, 1 for the whole report")
+    if keep == 1:
+        return text
     sentences = re.split(r"(?<=[.!?])\s+", text)
     order = torch.randperm(len(sentences)).tolist()
     kept = [sentences[i] for i in order if torch.rand(()) < keep]

@@ -12,7 +12,19 @@ from pathlib import Path
 import pandas as pd
 
 SPLITS = "train", "val", "test"
-COLUMNS = ["study_id", "patient_id", "image", "view", "findings", "impression", "split", "labels", "boxes", "mask", "questions"]
+COLUMNS = [
+    "study_id",
+    "patient_id",
+    "image",
+    "view",
+    "findings",
+    "impression",
+    "split",
+    "labels",
+    "boxes",
+    "mask",
+    "questions",
+]
 
 # %% ../../nbs/1_data/00_studies.ipynb #9073c69e
 class StudyError(ValueError):
@@ -20,50 +32,64 @@ class StudyError(ValueError):
 
 # %% ../../nbs/1_data/00_studies.ipynb #029c98f5
 def read_table(
-    path:str|Path, # a CSV file with a header line
-) -> list[dict]: # one dict of strings a row
+    path: str | Path,  # a CSV file with a header line
+) -> list[dict]:  # one dict of strings a row
     "Rows of a CSV file; bytes that are not UTF-8 become the replacement character"
     path = Path(path)
-    if not path.is_file(): raise StudyError(f"{path}: no such file. A study set needs it; see the README, 'Your own data'.")
+    if not path.is_file():
+        raise StudyError(f"{path}: no such file. A study set needs it; see the README, 'Your own data'.")
     csv.field_size_limit(1 << 24)
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as f: rows = list(csv.DictReader(f))
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
+        rows = list(csv.DictReader(f))
     for i, row in enumerate(rows, 2):
-        if None in row or None in row.values(): raise StudyError(f"{path}, line {i}: {len(row)} header fields, but the line has another number. Quote fields that hold commas or line breaks.")
-    if not rows: raise StudyError(f"{path}: no rows below the header. Give one line a study.")
+        if None in row or None in row.values():
+            raise StudyError(
+                f"{path}, line {i}: {len(row)} header fields, but the line has another number. Quote fields that hold commas or line breaks."
+            )
+    if not rows:
+        raise StudyError(f"{path}: no rows below the header. Give one line a study.")
     return rows
 
 # %% ../../nbs/1_data/00_studies.ipynb #dd2bf906
 def is_utf8(
-    text:str, # as `read_table` returned it
+    text: str,  # as `read_table` returned it
 ) -> bool:
     "Whether the text was valid UTF-8 on disk"
     return "\ufffd" not in text
 
 # %% ../../nbs/1_data/00_studies.ipynb #0dfcbe9e
 def need_columns(
-    rows:list[dict], # of one table
-    names, # columns that must be there
-    path, # of the table, for the message
+    rows: list[dict],  # of one table
+    names,  # columns that must be there
+    path,  # of the table, for the message
 ) -> None:
     "Raise `StudyError` where a column is missing"
     missing = [n for n in names if n not in rows[0]]
-    if missing: raise StudyError(f"{path}: no column {', '.join(missing)}. The columns are: {', '.join(rows[0])}.")
+    if missing:
+        raise StudyError(f"{path}: no column {', '.join(missing)}. The columns are: {', '.join(rows[0])}.")
 
 # %% ../../nbs/1_data/00_studies.ipynb #5aa95006
 def parse_label(text, where):
     "1, 0, -1 or None from a cell of a label column"
-    if text.strip() == "": return None
-    try: value = float(text)
-    except ValueError: value = None
-    if value not in (1, 0, -1): raise StudyError(f"{where} is {text!r}. A label is 1 (present), 0 (absent), -1 (uncertain) or empty (unknown).")
+    if text.strip() == "":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = None
+    if value not in (1, 0, -1):
+        raise StudyError(f"{where} is {text!r}. A label is 1 (present), 0 (absent), -1 (uncertain) or empty (unknown).")
     return int(value)
 
 # %% ../../nbs/1_data/00_studies.ipynb #3bddc4ce
 def parse_json(text, where, keys):
     "A list of dicts from a JSON cell, each with `keys`"
-    if not text.strip(): return []
-    try: items = json.loads(text)
-    except ValueError as e: raise StudyError(f"{where} is not JSON: {e}") from None
+    if not text.strip():
+        return []
+    try:
+        items = json.loads(text)
+    except ValueError as e:
+        raise StudyError(f"{where} is not JSON: {e}") from None
     if not isinstance(items, list) or any(not isinstance(o, dict) or not set(keys) <= set(o) for o in items):
         raise StudyError(f"{where} must be a JSON list of objects with the keys {', '.join(keys)}.")
     return items
@@ -74,85 +100,124 @@ def parse_boxes(text, where):
     boxes = parse_json(text, where, ("label", "box"))
     for o in boxes:
         b = o["box"]
-        if not (isinstance(b, list) and len(b) == 4 and all(isinstance(v, (int, float)) for v in b) and b[0] < b[2] and b[1] < b[3]):
-            raise StudyError(f"{where}: {b} is no box. Give [x0, y0, x1, y1] in pixels of the picture, with x0 < x1 and y0 < y1.")
+        if not (
+            isinstance(b, list)
+            and len(b) == 4
+            and all(isinstance(v, (int, float)) for v in b)
+            and b[0] < b[2]
+            and b[1] < b[3]
+        ):
+            raise StudyError(
+                f"{where}: {b} is no box. Give [x0, y0, x1, y1] in pixels of the picture, with x0 < x1 and y0 < y1."
+            )
     return boxes
 
 # %% ../../nbs/1_data/00_studies.ipynb #54e042f7
 def read_row(folder, row, i, split_report):
     "One row of metadata.csv in the canonical columns"
-    where = f"{folder/'metadata.csv'}, line {i}"
+    where = f"{folder / 'metadata.csv'}, line {i}"
     labels = {k[6:]: parse_label(v, f"{where}, {k}") for k, v in row.items() if k.startswith("label_")}
     text = {k: row.get(k, "") for k in ("findings", "impression")}
-    if row.get("report"): text |= split_report(row["report"])
-    return dict(study_id=row.get("study_id") or row["file_name"], patient_id=row["patient_id"], image=str(folder/row["file_name"]), view=row.get("view", "").upper(),
-        **text, split=row.get("split", ""), labels={k: v for k, v in labels.items() if v is not None}, boxes=parse_boxes(row.get("boxes", ""), f"{where}, boxes"),
-        mask=str(folder/row["mask_file_name"]) if row.get("mask_file_name") else "",
-        questions=parse_json(row.get("questions", ""), f"{where}, questions", ("question", "answer")))
+    if row.get("report"):
+        text |= split_report(row["report"])
+    return dict(
+        study_id=row.get("study_id") or row["file_name"],
+        patient_id=row["patient_id"],
+        image=str(folder / row["file_name"]),
+        view=row.get("view", "").upper(),
+        **text,
+        split=row.get("split", ""),
+        labels={k: v for k, v in labels.items() if v is not None},
+        boxes=parse_boxes(row.get("boxes", ""), f"{where}, boxes"),
+        mask=str(folder / row["mask_file_name"]) if row.get("mask_file_name") else "",
+        questions=parse_json(row.get("questions", ""), f"{where}, questions", ("question", "answer")),
+    )
 
 # %% ../../nbs/1_data/00_studies.ipynb #7f0e8c57
 def read_imagefolder(
-    folder:str|Path, # holds metadata.csv; pictures at the paths in its file_name column
-    split_report=lambda text: {"findings": text}, # turns a `report` cell into sections
-) -> pd.DataFrame: # canonical columns, one row a study
+    folder: str | Path,  # holds metadata.csv; pictures at the paths in its file_name column
+    split_report=lambda text: {"findings": text},  # turns a `report` cell into sections
+) -> pd.DataFrame:  # canonical columns, one row a study
     "Read the plain form: metadata.csv beside images"
     folder = Path(folder)
-    path = folder/"metadata.csv"
+    path = folder / "metadata.csv"
     rows = read_table(path)
     need_columns(rows, ["file_name", "patient_id"], path)
-    if not {"findings", "impression", "report"} & set(rows[0]): need_columns(rows, ["findings, impression or report"], path)
+    if not {"findings", "impression", "report"} & set(rows[0]):
+        need_columns(rows, ["findings, impression or report"], path)
     return pd.DataFrame([read_row(folder, r, i, split_report) for i, r in enumerate(rows, 2)], columns=COLUMNS)
 
 # %% ../../nbs/1_data/00_studies.ipynb #4dfe8504
 def split_by_patient(
-    patient_ids, # [n] text
-    fractions=(.7, .1, .2), # train, val, test; they sum to 1
-    seed:int=0,
-) -> list[str]: # [n], each of SPLITS
+    patient_ids,  # [n] text
+    fractions=(0.7, 0.1, 0.2),  # train, val, test; they sum to 1
+    seed: int = 0,
+) -> list[str]:  # [n], each of SPLITS
     "Draw a split by patient, the same for a patient whoever else is there"
-    if abs(sum(fractions) - 1) > 1e-6 or len(fractions) != 3 or min(fractions) < 0: raise ValueError(f"split fractions {tuple(fractions)}: give three that are not negative and sum to 1 (train, val, test).")
-    def u(p): return int.from_bytes(hashlib.blake2b(f"{seed}:{p}".encode(), digest_size=8).digest(), "big") / 2**64
-    def cut(x): return SPLITS[0] if x < fractions[0] else SPLITS[1] if x < fractions[0] + fractions[1] else SPLITS[2]
+    if abs(sum(fractions) - 1) > 1e-6 or len(fractions) != 3 or min(fractions) < 0:
+        raise ValueError(
+            f"split fractions {tuple(fractions)}: give three that are not negative and sum to 1 (train, val, test)."
+        )
+
+    def u(p):
+        return int.from_bytes(hashlib.blake2b(f"{seed}:{p}".encode(), digest_size=8).digest(), "big") / 2**64
+
+    def cut(x):
+        return SPLITS[0] if x < fractions[0] else SPLITS[1] if x < fractions[0] + fractions[1] else SPLITS[2]
+
     return [cut(u(p)) for p in patient_ids]
 
 # %% ../../nbs/1_data/00_studies.ipynb #2c07f137
-def check_ids(studies:pd.DataFrame, source:str) -> None:
+def check_ids(studies: pd.DataFrame, source: str) -> None:
     "Every study has an identifier of its own, and a patient"
     for field in ("study_id", "patient_id"):
         empty = studies.index[studies[field].str.strip() == ""]
-        if len(empty): raise StudyError(f"{source}, row {empty[0] + 1}: {field} is empty. Every study needs one.")
+        if len(empty):
+            raise StudyError(f"{source}, row {empty[0] + 1}: {field} is empty. Every study needs one.")
     twice = studies[studies.study_id.duplicated(keep=False)]
     if len(twice):
         s = twice.study_id.iloc[0]
         rows = ", ".join(str(i + 1) for i in twice.index[twice.study_id == s])
-        raise StudyError(f"{source}: study_id {s!r} stands in rows {rows}. Give each study an identifier of its own ({twice.study_id.nunique()} repeat).")
+        raise StudyError(
+            f"{source}: study_id {s!r} stands in rows {rows}. Give each study an identifier of its own ({twice.study_id.nunique()} repeat)."
+        )
 
 # %% ../../nbs/1_data/00_studies.ipynb #90211e51
-def check_leak(studies:pd.DataFrame, source:str) -> None:
+def check_leak(studies: pd.DataFrame, source: str) -> None:
     "A patient in two splits is an error"
     n = studies.groupby("patient_id").split.nunique()
     leaks = n.index[n > 1]
-    if not len(leaks): return
+    if not len(leaks):
+        return
     rows = studies[studies.patient_id == leaks[0]]
     where = ", ".join(f"{s} (row {i + 1})" for i, s in rows.split.drop_duplicates().items())
-    raise StudyError(f"{source}: patient {leaks[0]!r} stands in {where}; {len(leaks)} patient(s) leak between splits. "
-                     "Give each patient one split, or leave the split column out to have it drawn by patient.")
+    raise StudyError(
+        f"{source}: patient {leaks[0]!r} stands in {where}; {len(leaks)} patient(s) leak between splits. "
+        "Give each patient one split, or leave the split column out to have it drawn by patient."
+    )
 
 # %% ../../nbs/1_data/00_studies.ipynb #559c7774
 def check_studies(
-    studies:pd.DataFrame, # canonical columns
-    source:str, # where they came from, for messages
-    fractions=(.7, .1, .2), # used where `split` is empty
-    seed:int=0, # of that draw
-) -> pd.DataFrame: # the same with every split filled
+    studies: pd.DataFrame,  # canonical columns
+    source: str,  # where they came from, for messages
+    fractions=(0.7, 0.1, 0.2),  # used where `split` is empty
+    seed: int = 0,  # of that draw
+) -> pd.DataFrame:  # the same with every split filled
     "Fill open splits by patient; raise `StudyError` on repeated identifiers, unknown splits and leaks"
     studies = studies.reset_index(drop=True)
     check_ids(studies, source)
     split = studies.split.str.lower().replace({"valid": "val", "validation": "val", "dev": "val"})
     unknown = split[~split.isin([*SPLITS, ""])]
-    if len(unknown): raise StudyError(f"{source}, row {unknown.index[0] + 1}: split is {unknown.iloc[0]!r}. Use train, val or test, or leave all empty.")
-    if (split == "").any() and (split != "").any(): raise StudyError(f"{source}, row {split.index[split == ''][0] + 1}: split is empty, others are not. Fill all or none.")
-    if (split == "").all(): split = split_by_patient(studies.patient_id, fractions, seed)
+    if len(unknown):
+        raise StudyError(
+            f"{source}, row {unknown.index[0] + 1}: split is {unknown.iloc[0]!r}. Use train, val or test, or leave all empty."
+        )
+    if (split == "").any() and (split != "").any():
+        raise StudyError(
+            f"{source}, row {split.index[split == ''][0] + 1}: split is empty, others are not. Fill all or none."
+        )
+    if (split == "").all():
+        split = split_by_patient(studies.patient_id, fractions, seed)
     studies = studies.assign(split=split)
     check_leak(studies, source)
     return studies
@@ -160,15 +225,24 @@ def check_studies(
 # %% ../../nbs/1_data/00_studies.ipynb #ccb8e91d
 class Quarantine:
     "A list of what was set aside and why"
+
     columns = ["study_id", "file", "field", "reason", "excluded_from"]
-    def __init__(self): self.rows = []
-    def add(self,
-        study:dict, # needs study_id and image
-        field:str, # which column is at fault
-        reason:str, # in words
-        excluded_from:str="all", # "all", or "pairs" where the image still serves
-    ): self.rows.append([study["study_id"], study["image"], field, reason, excluded_from])
+
+    def __init__(self):
+        self.rows = []
+
+    def add(
+        self,
+        study: dict,  # needs study_id and image
+        field: str,  # which column is at fault
+        reason: str,  # in words
+        excluded_from: str = "all",  # "all", or "pairs" where the image still serves
+    ):
+        self.rows.append([study["study_id"], study["image"], field, reason, excluded_from])
+
     def frame(self) -> pd.DataFrame:
         "One row a thing set aside, sorted by study"
         return pd.DataFrame(self.rows, columns=self.columns).sort_values(["study_id", "field"], ignore_index=True)
-    def __len__(self): return len(self.rows)
+
+    def __len__(self):
+        return len(self.rows)
