@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['chance_hit', 'report_ids', 'Ranks', 'ranks', 'chunks', 'study_ranks', 'row', 'recall_at_k', 'top_share',
-           'precision_at_k', 'retrieval']
+           'precision_at_k', 'retrieval', 'retrieval_scores']
 
 # %% ../../nbs/9_tasks/02_retrieval.ipynb #89184d0d
 import numpy as np, pandas as pd
@@ -183,3 +183,13 @@ def retrieval(
     if labels is not None:
         rows += precision_at_k(s, *label_matrix(labels, label_names, "downstream.labels"), counts, precision_ks)
     return pd.DataFrame(rows)
+
+# %% ../../nbs/9_tasks/02_retrieval.ipynb #2cca0d6e
+def retrieval_scores(
+    table: pd.DataFrame,  # of `retrieval`
+) -> pd.DataFrame:  # metric, overall, value, low, high, chance, n, note
+    "`image to report R@5`; `P@5` for precision averaged over classes, `P@5 effusion` for one"
+    k, label = table.k.astype(str), table.label.map(lambda name: "" if name in ("macro", "all") else f" {name}")
+    metric = (table.direction + " R@" + k).where(table.metric == "recall", "P@" + k + label)
+    columns = table[["value", "low", "high", "chance", "n", "note"]]
+    return pd.DataFrame(dict(metric=metric, overall=label == "", **columns))
