@@ -8,7 +8,7 @@ __all__ = ['FINDINGS', 'DEVICES', 'GRADES', 'ZONES', 'ZONED', 'RESHAPING', 'SHAD
            'septal_lines', 'oedema', 'pneumothorax', 'nodule_radius', 'ball', 'fracture', 'scarring', 'hernia',
            'pacemaker', 'tube_height', 'tube', 'central_line', 'wires', 'shadows']
 
-# %% ../../nbs/2_phantom/01_signs.ipynb #46d5423f
+# %% ../../nbs/2_phantom/01_signs.ipynb #51248767
 import numpy as np
 from dataclasses import dataclass, replace
 from scipy.ndimage import gaussian_filter
@@ -18,7 +18,7 @@ from medvlp.phantom.chest import (
     SIGN,
     Anatomy,
     Chest,
-    bone,
+    bone_strokes,
     carina,
     chord,
     cloud,
@@ -27,10 +27,10 @@ from medvlp.phantom.chest import (
     lung_root,
     paint,
     rib_line,
+    rotation_shift,
     silhouette,
     smooth_path,
     soft,
-    turn,
     wall_at,
     wall_depth,
 )
@@ -303,15 +303,15 @@ def ball(c: Chest, f: Finding):
         shadow = np.maximum(shadow, 0.22 * gaussian_filter(paint(c.anatomy, size, rays), 0.002 * size))
     return 0, strength(f) * shadow
 
-# %% ../../nbs/2_phantom/01_signs.ipynb #0d99c7de
+# %% ../../nbs/2_phantom/01_signs.ipynb #002f40af
 def fracture(c: Chest, f: Finding):
     "Steps with callus in one to three ribs"
     a, size, n = c.anatomy, len(c.x), 1 + GRADES.index(f.grade)
     first, whole, broken, knobs = int(2 + 5 * f.v), [], [], 0
     for k in range(first, first + n):
         t, step = 0.85 + 0.5 * f.u, np.array([0, 0.011 + 0.004 * f.extent])
-        whole += bone(rib_line(a, f.side, k, t - 0.5, t + 0.5), 0.022, 0.92)
-        broken += bone(rib_line(a, f.side, k, t - 0.5, t - 0.04) - step / 2, 0.022, 0.92) + bone(
+        whole += bone_strokes(rib_line(a, f.side, k, t - 0.5, t + 0.5), 0.022, 0.92)
+        broken += bone_strokes(rib_line(a, f.side, k, t - 0.5, t - 0.04) - step / 2, 0.022, 0.92) + bone_strokes(
             rib_line(a, f.side, k, t + 0.04, t + 0.5) + step / 2, 0.022, 0.92
         )
         x, y = rib_line(a, f.side, k, t, t)[0].tolist()
@@ -347,20 +347,20 @@ def scarring(c: Chest, f: Finding):
         f, 0.17, 0.19, 0.21, 0.23
     ) * web * inside
 
-# %% ../../nbs/2_phantom/01_signs.ipynb #37a14a6a
+# %% ../../nbs/2_phantom/01_signs.ipynb #93c34dfa
 def hernia(c: Chest, f: Finding):
     "A round shadow behind the heart with gas and a level"
     a, r = c.anatomy, graded(f, 0.048, 0.058, 0.072, 0.090)
-    cx, cy = turn(a, -0.2) + 0.02 + 0.02 * f.u, float(dome(a, "left", 0.12)) - 0.75 * r
+    cx, cy = rotation_shift(a, -0.2) + 0.02 + 0.02 * f.u, float(dome(a, "left", 0.12)) - 0.75 * r
     sac, inner = ellipse(c.x, c.y, cx, cy, 1.15 * r, r), ellipse(c.x, c.y, cx, cy - 0.08 * r, 0.98 * r, 0.85 * r)
     gas = chord(inner, 0.6 * r) * (soft(cy - 0.05 * r - c.y, 0.002) if a.view == "PA" else 0.7)
     return 0, strength(f) * (0.20 * chord(sac, 0.5 * r) - 0.50 * gas)
 
-# %% ../../nbs/2_phantom/01_signs.ipynb #06680490
+# %% ../../nbs/2_phantom/01_signs.ipynb #8cd72878
 def pacemaker(c: Chest, f: Finding):
     "A case under the skin of the upper chest, with one or two leads into the heart"
     a, s = c.anatomy, SIGN[f.side]
-    px, py, shift = s * (0.21 + 0.04 * f.u), 0.20 + 0.05 * f.v, turn(a, 0.6)
+    px, py, shift = s * (0.21 + 0.04 * f.u), 0.20 + 0.05 * f.v, rotation_shift(a, 0.6)
     case = soft(
         0.033 - np.hypot(np.maximum(np.abs(c.x - px) - 0.016, 0), np.maximum(np.abs(c.y - py) - 0.004, 0)), 0.003
     )
@@ -424,7 +424,7 @@ def wires(c: Chest, f: Finding):
     a, loops = c.anatomy, []
     t = np.linspace(0, 6.28, 14)
     for k in range(5 + (f.extent > 0.5)):
-        x, y = turn(a, 1.0) + 0.006 * np.sin(5 * k + 9 * f.extent), 0.25 + 0.062 * k
+        x, y = rotation_shift(a, 1.0) + 0.006 * np.sin(5 * k + 9 * f.extent), 0.25 + 0.062 * k
         loops.append((np.stack([x + 0.022 * np.cos(t), y + 0.008 * np.sin(t) + 0.006 * np.cos(t + k)], 1), 0.0045, 1.0))
         loops.append(([(x - 0.004, y + 0.004), (x + 0.006, y + 0.013)], 0.007, 1.0))
     return 0, 0.55 * paint(a, len(c.x), loops)
