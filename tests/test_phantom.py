@@ -2,7 +2,7 @@
 
 import os, subprocess, sys
 from medvlp.data.prepare import prepare_studies
-from medvlp.data.sources.imagefolder import read_source
+from medvlp.data.sources.base import read_source
 from medvlp.data.studies import check_studies
 
 
