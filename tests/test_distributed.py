@@ -2,11 +2,12 @@
 
 import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
-from medvlp.losses.contrastive import gather, info_nce
+from medvlp.losses.contrastive import info_nce
 from medvlp.losses.gla import global_alignment, local_alignment
 from medvlp.losses.groups import ThresholdGate, group, group_alignment
-from medvlp.losses.matching import best_matches, match_losses
-from medvlp.losses.pairwise import both_ways, gathered_scores, region_word, region_word_scores
+from medvlp.losses.matching import patch_word_losses, patch_word_scores
+from medvlp.losses.ops import both_ways, gather, gathered_scores
+from medvlp.losses.pairwise import region_word, region_word_scores
 from medvlp.losses.prototypes import Prototypes, sinkhorn
 from medvlp.losses.tokenwise import CrossAttention, cross_token_alignment
 from medvlp.methods.base import build_method
@@ -74,7 +75,7 @@ class Regional(Tokens):
     "Every image against every report: each process scores its own reports, and finds the loss of the whole batch"
 
     def loss(self, patches, words, mask):
-        return sum(both_ways(10 * gathered_scores(region_word_scores, patches, words, mask)))
+        return sum(both_ways(gathered_scores(region_word_scores, patches, words, mask), 0.1))
 
 
 class Grouped(Tokens):
@@ -110,7 +111,7 @@ class Matched(Tokens):
         self.temperature = nn.Parameter(torch.tensor(0.2))
 
     def loss(self, patches, words, mask):
-        return sum(match_losses(gathered_scores(best_matches, patches, words, mask), self.temperature))
+        return sum(patch_word_losses(gathered_scores(patch_word_scores, patches, words, mask), self.temperature))
 
 
 class Whole(nn.Module):

@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'unseen', 'look', 'Fusion', 'check_sides']
 # %% ../../nbs/5_fusion/00_memory.ipynb #fd5eb306
 import torch
 from torch import Tensor, nn
-from ..losses.tokenwise import mask_padding
+from ..losses.ops import mask_padding
 
 # %% ../../nbs/5_fusion/00_memory.ipynb #7965a299
 def unseen(

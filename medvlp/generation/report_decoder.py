@@ -10,7 +10,7 @@ import torch, torch.nn.functional as F
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from ..fusion.memory import unseen
-from ..losses.tokenwise import mask_padding
+from ..losses.ops import mask_padding
 
 # %% ../../nbs/6_generation/01_report_decoder.ipynb #daf9c6cc
 class ReportDecoder(nn.Module):

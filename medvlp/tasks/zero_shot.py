@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from ..data.reports import clean
 from ..data.tokens import encode
-from ..losses.contrastive import similarity as cosines
+from ..losses.ops import similarity as cosines
 from ..project.stage import read_mapping
 from .metrics.intervals import auroc, estimate, resample, weighted_mean, with_macro
 from .probe import label_matrix
