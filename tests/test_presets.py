@@ -3,7 +3,8 @@
 from pathlib import Path
 import pytest, torch
 from medvlp.encoders.image import image_config
-from medvlp.methods.base import build_method, check_options, find_method
+from medvlp.methods.base import build_method, find_method
+from medvlp.project.config import validate
 from medvlp.project.stage import read_mapping
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,7 @@ def test_methods_options_and_encoders_exist(params):
     tree = read_mapping(ROOT / params)
     assert set(tree["run"]["methods"]) <= set(tree["methods"])
     for name, section in tree["methods"].items():
-        check_options(find_method(section["method"]), section["options"])
+        validate(find_method(section["method"]).Options, section["options"], f"{params}: methods.{name}.options")
         image_config((tree["pretrain"] | section)["image_encoder"]["name"])
 
 

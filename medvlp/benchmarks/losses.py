@@ -122,14 +122,14 @@ def loss_step(
     precision: str = "fp32",
 ) -> Callable:  # without arguments; returns the loss
     "A method's projections and losses, forward and backward"
-    weights = model.config.weights or {}
+    weights = model.options.weights
 
     def step():
         with autocast(image.pooled, precision):
             loss = sum(
-                weights.get(name, 1) * value()
+                weights[name] * value()
                 for name, value in model.terms(image, text).items()
-                if term in (None, name) and weights.get(name, 1) != 0
+                if term in (None, name) and weights[name] != 0
             )
         loss.backward()
         for x in (*image, *text, *model.parameters()):

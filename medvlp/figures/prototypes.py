@@ -51,8 +51,8 @@ def prototype_scores(
     vectors,  # [N,d] images or reports in the joint space
 ) -> np.ndarray:  # [N,K] cosines
     "How near each study is to each prototype; ValueError for a method without prototypes"
-    if not hasattr(model, "prototypes"):
-        raise ValueError(f"{model.config.model_type} has no prototypes. Choose a method that has, e.g. mgca.")
+    if "prototypes" not in model.capabilities:
+        raise ValueError(f"{model.name} has no prototypes. Choose a method that has, e.g. mgca.")
     return model.prototypes.scores(vectors).float().cpu().numpy()
 
 # %% ../../nbs/figures/05_prototypes.ipynb #0e52af76

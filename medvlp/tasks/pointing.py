@@ -124,7 +124,7 @@ def study_maps(
     "Maps of one study after another; ValueError for a method that has none"
     if not aligns_tokens(model):
         raise ValueError(
-            f"{model.config.model_type} aligns no tokens, its words have no maps. Choose a method that defines token_maps."
+            f"{model.name} aligns no tokens, its words have no maps. Choose a method that defines token_maps."
         )
     model.eval()
     for b in batches(model, tokenizer, studies, **options):

@@ -296,7 +296,7 @@ def pretrain(
         optimizer=optimizer,
         arguments=arguments,
     )
-    folder = Path(checkpoints) / f"{model.config.model_type}-{seed}-{key}"
+    folder = Path(checkpoints) / f"{model.name}-{seed}-{key}"
     if channels_last:
         model.image_encoder.to(memory_format=torch.channels_last)
     train, val = datasets_for(studies, model.config.image["image_size"], sections, augment or {}, seed)
