@@ -33,10 +33,10 @@ def write_studies(folder, n=48):
 
 
 def prepare(source, output):
-    from medvlp.data.prepare import prepare_studies, save_studies
-    from medvlp.data.sources.imagefolder import imagefolder
+    from medvlp.data.prepare import DataOptions
+    from medvlp.data.prepare import prepare as prepare_set
 
-    save_studies(*prepare_studies(imagefolder(source), image_size=40), output)
+    prepare_set(DataOptions(folder=str(source), image_size=40), output)
 
 
 def train(folder, run, method="convirt", seed=0):

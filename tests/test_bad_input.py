@@ -1,15 +1,13 @@
 "Bad input: one clear error that names the place and the remedy, or a counted entry in the quarantine"
 
-import io, os, subprocess, sys
-from pathlib import Path
+import io, os
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 import small
-from medvlp.data.prepare import check_writable, prepare_studies
-from medvlp.data.sources.imagefolder import imagefolder
+from medvlp.data import prepare as data_prepare
+from medvlp.data.prepare import DataOptions, check_writable, load_studies
 from medvlp.data.studies import StudyError
-
-ROOT = Path(__file__).parent.parent
+from medvlp.project.config import ConfigError, validate
 
 
 @pytest.fixture
@@ -24,15 +22,17 @@ def edit(folder, change):
 
 
 def prepare(folder, **options):
-    return prepare_studies(imagefolder(folder), image_size=40, source=str(folder), **options)
+    "The prepared studies, and the quarantine as a table"
+    output = folder.parent / "prepared" / "levels"
+    data_prepare.prepare(DataOptions(folder=str(folder), image_size=40, **options), output)
+    return load_studies(output), pd.read_csv(output / "quarantine.csv")
 
 
 def only_entry(folder, **options):
     "The single quarantine entry of a set of 48 in which one study is bad"
     prepared, quarantine = prepare(folder, **options)
-    frame = quarantine.frame()
-    assert len(frame) == 1 and len(prepared) == 48 - (frame.excluded_from[0] == "all")
-    return frame.iloc[0]
+    assert len(quarantine) == 1 and len(prepared) == 48 - (quarantine.excluded_from[0] == "all")
+    return quarantine.iloc[0]
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,8 @@ def test_sixteen_bit_png_keeps_its_grey_levels(studies):
     Image.fromarray(ramp).save(studies / "images" / "000.png")
     prepared, quarantine = prepare(studies)
     pixels = np.asarray(prepared[0]["image"])
-    assert (
-        not len(quarantine)
-        and pixels.dtype == np.uint8
-        and pixels.min() < 5
-        and pixels.max() > 250
-        and abs(pixels.mean() - 127) < 5
-    )
+    assert not len(quarantine) and pixels.dtype == np.uint8
+    assert pixels.min() < 5 and pixels.max() > 250 and abs(pixels.mean() - 127) < 5
 
 
 def test_cmyk_jpeg_becomes_grey(studies):
@@ -80,23 +75,18 @@ def test_cmyk_jpeg_becomes_grey(studies):
 
 def test_duplicate_study_id(studies):
     edit(studies, lambda t: t.assign(study_id=t.study_id.replace("s7", "s3")))
-    with pytest.raises(StudyError, match=r"study_id 's3' stands in rows 4, 8"):
+    with pytest.raises(StudyError, match=r"study_id 's3' occurs in rows 4, 8"):
         prepare(studies)
 
 
 def test_patient_in_two_splits(studies):
     edit(studies, lambda t: t.assign(patient_id=t.patient_id.replace("p47", "p0")))
-    with pytest.raises(StudyError, match=r"patient 'p0' stands in train \(row 1\), test \(row 48\).*one split"):
+    with pytest.raises(StudyError, match=r"patient 'p0' is in train \(row 1\), test \(row 48\).*one split"):
         prepare(studies)
 
 
 def test_empty_report_keeps_an_image_that_has_labels(studies):
-    edit(
-        studies,
-        lambda t: t.assign(
-            findings=t.findings.where(t.index != 4, ""), impression=t.impression.where(t.index != 4, "")
-        ),
-    )
+    edit(studies, lambda t: t.assign(**{k: t[k].where(t.index != 4, "") for k in ("findings", "impression")}))
     entry = only_entry(studies)
     assert entry.study_id == "s4" and "report of 0 words" in entry.reason and entry.excluded_from == "pairs"
 
@@ -127,42 +117,59 @@ def test_metadata_without_a_needed_column(studies):
 
 
 def test_label_column_missing(studies):
-    with pytest.raises(StudyError, match=r"no label oedema.*downstream.labels.*bright"):
-        prepare(studies, labels=["oedema"])
+    with pytest.raises(StudyError, match=r'data.levels.labels: the data have no label "brigt": did you mean "bright"'):
+        prepare(studies, labels=["brigt"])
 
 
-def run(*arguments):
-    "The stage runner from the command line, with a changed params.yaml"
-    return subprocess.run(
-        [sys.executable, "-m", "medvlp.project.stage", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+def with_hospitals(studies, **columns):
+    edit(studies, lambda t: t.assign(hospital=["A", "B"] * 24, **columns))
+    return studies
 
 
-def changed_params(tmp_path, old, new):
-    text = (ROOT / "params.yaml").read_text()
-    assert old in text
-    (tmp_path / "params.yaml").write_text(text.replace(old, new, 1))
-    return tmp_path / "params.yaml"
+def test_rows_are_selected_by_hospital_and_the_others_are_not_quarantined(studies):
+    prepared, quarantine = prepare(with_hospitals(studies), where={"hospital": "A"})
+    assert prepared["study_id"][:] == [f"s{i}" for i in range(0, 48, 2)] and not len(quarantine)
 
 
-def test_misspelt_key(tmp_path):
-    done = run("--check", "--params", changed_params(tmp_path, "  learning_rate:", "  learning_rat:"))
-    assert (
-        done.returncode == 2
-        and "pretrain.learning_rat" in done.stderr
-        and 'did you mean "learning_rate"?' in done.stderr
-        and "Traceback" not in done.stderr
-    )
+def test_message_after_a_selection_names_the_row_of_the_file(studies):
+    with_hospitals(studies)
+    edit(studies, lambda t: t.assign(study_id=t.study_id.replace("s6", "s2")))
+    with pytest.raises(StudyError, match="study_id 's2' occurs in rows 3, 7"):
+        prepare(studies, where={"hospital": "A"})
+    prepare(studies, where={"hospital": "B"})  # the other hospital has no repetition
 
 
-def test_negative_batch_size(tmp_path):
-    done = run("--check", "--params", changed_params(tmp_path, "  batch_size: ", "  batch_size: -"))
-    assert (
-        done.returncode == 2
-        and "pretrain.batch_size: -" in done.stderr
-        and "greater than 0" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+@pytest.mark.parametrize(
+    "where, message",
+    [
+        ({"hospitl": "A"}, "data.levels.where: the metadata have no column 'hospitl'.*study_id.*hospital"),
+        ({"hospital": ["A", "C"]}, "data.levels.where.hospital: no study has 'C'. Values of this column: A, B"),
+        ({"patient_id": "q"}, r"Values of this column: (p\d+, ){10}... \(48 in all\)"),
+        ({"hospital": "A", "study_id": "s1"}, "no study matches all of"),
+    ],
+    ids=["column", "value", "many values", "nothing left"],
+)
+def test_selection_that_finds_nothing(studies, where, message):
+    with pytest.raises(StudyError, match=message):
+        prepare(with_hospitals(studies), where=where)
+
+
+def test_unknown_source(studies):
+    with pytest.raises(StudyError, match="no source 'image_folder': did you mean \"imagefolder\""):
+        prepare(studies, source="image_folder")
+
+
+def test_misspelt_option_and_wrong_values_are_reported_together():
+    wrong = dict(folder="data", image_sise=64, seed=-1, fractions=[0.7, 0.1, 0.1], where=dict(hospital=1.5))
+    with pytest.raises(ConfigError) as caught:
+        validate(DataOptions, wrong, "params.yaml: data.levels")
+    text = "\n".join(caught.value.problems)
+    assert all(k in text for k in ('did you mean "image_size"?', "data.levels.seed: -1", "sum to 1", "levels.where"))
+
+
+def test_unknown_folder(studies):
+    with pytest.raises(StudyError, match="absent: no such folder"):
+        prepare(studies.parent / "absent")
 
 
 def test_no_write_permission(tmp_path):
@@ -173,7 +180,7 @@ def test_no_write_permission(tmp_path):
         os.chmod(tmp_path, 0o755)
         os.seteuid(65534)  # root may write anywhere: be nobody for a moment
     try:
-        with pytest.raises(PermissionError, match="cannot be written to.*another folder"):
+        with pytest.raises(PermissionError, match="cannot be written to.*another output folder"):
             check_writable(locked / "output")
     finally:
         if root:

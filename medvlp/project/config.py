@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'Dropout', 'Auto', 'Options', 'ComputeOptions', 'options_table', 'ConfigError', 'did_you_mean', 'validate',
-           'read_yaml', 'merge']
+           'read_yaml', 'merge', 'read_experiment']
 
 # %% ../../nbs/0_project/00_config.ipynb #d3564f9e
 import difflib
@@ -158,11 +158,11 @@ def _line(error):
     mark = getattr(error, "problem_mark", None)
     return f":{mark.line + 1}" if mark else ""
 
-# %% ../../nbs/0_project/00_config.ipynb #f6eb124a
+# %% ../../nbs/0_project/00_config.ipynb #d4109bb6
 def merge(
     *layers: dict,  # the later the stronger
 ) -> dict:
-    "Nested settings put over each other; a section with a `name` replaces one of another name"
+    "Nested settings put over each other"
     merged = {}
     for layer in layers:
         for key, value in layer.items():
@@ -170,4 +170,20 @@ def merge(
             nested = isinstance(old, dict) and isinstance(value, dict)
             other = nested and value.get("name", old.get("name")) != old.get("name")
             merged[key] = merge(old, value) if nested and not other else value
-    return merged
+    return {key: value for key, value in merged.items() if value is not None}
+
+# %% ../../nbs/0_project/00_config.ipynb #88423ca3
+def read_experiment(
+    file: str | Path,  # of experiments/, or params.yaml
+) -> dict:
+    "An experiment's settings, with those of the experiment under `base` below them"
+    chain = [read_yaml(file)]
+    files = [Path(file)]
+    while base := chain[-1].get("base"):
+        files.append(Path(file).with_name(f"{base}.yaml"))
+        if files[-1] in files[:-1]:
+            raise ConfigError(f"{files[-2]}: base: {base} leads back to itself")
+        chain.append(read_yaml(files[-1]))
+    tree = merge(*reversed(chain))
+    tree.pop("base", None)
+    return tree

@@ -1,0 +1,102 @@
+"Everything that is wrong with an experiment is said at once, with a remedy"
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from medvlp.project.config import ConfigError, read_yaml
+from medvlp.project.plan import plan, resolve
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def in_project(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def problems_of(tmp_path, change):
+    "What `plan` says of the demo with a change"
+    tree = read_yaml("experiments/demo.yaml")
+    change(tree)
+    file = tmp_path / "params.yaml"
+    OmegaConf.save(OmegaConf.create(tree), file)
+    with pytest.raises(ConfigError) as caught:
+        resolve(file, look=True)
+    return [problem.replace(str(file), "params.yaml") for problem in caught.value.problems]
+
+
+def twelve_mistakes(tree):
+    tree["compute"]["threads"] = 0
+    tree["data"]["hospital-a"]["sorce"] = "imagefolder"
+    tree["data"]["hospital-a"]["folder"] = "no-such-folder"
+    tree["data"]["hospital-b"]["fractions"] = [0.8, 0.2, 0.2]
+    tree["pretrain"]["batch_size"] = 1
+    tree["pretrain"]["data"] = ["hospital-c"]
+    tree["runs"]["methods"].append("mcga")
+    tree["methods"]["mgca"]["options"]["temprature"] = 0.1
+    tree["methods"]["mpma"]["image_encoder"]["options"]["embed_dims"] = 128
+    tree["tasks"]["finetune"]["methods"] = ["convrit"]
+    tree["tasks"]["finetune"]["learning_rate"] = "0.002"
+    tree["tasks"]["detct"] = dict(data=[], methods=[])
+
+
+def test_twelve_mistakes_are_found_at_once(tmp_path):
+    # an unusable compute section is refused with the top level, before its parts are looked at
+    first = problems_of(tmp_path, twelve_mistakes)
+    assert [p for p in first if "compute.threads" in p]
+
+    def eleven_mistakes(tree):
+        twelve_mistakes(tree)
+        tree["compute"]["threads"] = 1
+
+    text = "\n".join(problems_of(tmp_path, eleven_mistakes))
+    for words in (
+        'data.hospital-a: there is no option "sorce": did you mean "source"?',
+        "data.hospital-b.fractions",
+        "batch_size",
+        'pretrain.data: there is no study set "hospital-c": did you mean "hospital-b"?',
+        'there is no method "mcga": did you mean "mgca"?',
+        'there is no option "temprature": did you mean "temperature"?',
+        "embed_dims",
+        'tasks.finetune.methods: there is no method under runs.methods "convrit": did you mean "convirt"?',
+        "tasks.finetune.learning_rate: '0.002'",
+        'tasks: there is no task "detct"',
+    ):
+        assert words in text, f"{words}\n--- not in\n{text}"
+
+
+def test_every_stage_of_dvc_has_a_file(tmp_path):
+    "The names that dvc.yaml makes are those of the plan"
+    stages = {stage.name for stage in plan(resolve("params.yaml", look=False))}
+    listed = subprocess.run(
+        [Path(sys.executable).parent / "dvc", "stage", "list", "--name-only"], capture_output=True, text=True, check=True
+    )
+    assert set(listed.stdout.split()) - {"plan"} == stages
+
+
+def test_a_changed_option_changes_only_its_own_stages(tmp_path):
+    def stages(change):
+        tree = read_yaml("experiments/demo.yaml")
+        change(tree)
+        OmegaConf.save(OmegaConf.create(tree), tmp_path / "params.yaml")
+        return {stage.name: stage for stage in plan(resolve(tmp_path / "params.yaml", look=False))}
+
+    before = stages(lambda tree: None)
+    after = stages(lambda tree: tree["methods"]["mgca"]["options"].update(n_prototypes=32))
+    assert {name for name in before if before[name] != after[name]} == {"pretrain@mgca-0"}
+
+
+def test_the_command_line(tmp_path):
+    def run(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "medvlp.project.plan", *words, "--check"], capture_output=True, text=True
+        )
+
+    assert run().returncode == 0
+    (tmp_path / "bad.yaml").write_text("experiment: bad\ndata: [1\n")
+    done = run(str(tmp_path / "bad.yaml"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "bad.yaml:3" in done.stderr
