@@ -164,7 +164,8 @@ def test_misspelt_option_and_wrong_values_are_reported_together():
     with pytest.raises(ConfigError) as caught:
         validate(DataOptions, wrong, "params.yaml: data.levels")
     text = "\n".join(caught.value.problems)
-    assert all(k in text for k in ('did you mean "image_size"?', "data.levels.seed: -1", "sum to 1", "levels.where"))
+    assert all(k in text for k in ('did you mean "image_size"?', "data.levels.seed: -1", "sum to 1", "whole number"))
+    assert len(caught.value.problems) == 4
 
 
 def test_unknown_folder(studies):
