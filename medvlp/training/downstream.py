@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
-from ..data.batches import Addressed, EpochSampler, StudyDataset, resolve_device, resolve_workers
+from ..data.batches import AddressedSampling, EpochSampler, StudyDataset, resolve_device, resolve_workers
 from ..data.images import eval_transform, train_transform
 from ..encoders.pretrained import DownstreamConfig, DownstreamModel
 from ..project.config import ComputeOptions, Fraction, Options
@@ -187,7 +187,7 @@ class EarlyStopping(TrainerCallback):
         return bool(self.patience and losses) and len(losses) - 1 - int(np.argmin(losses)) >= self.patience
 
 # %% ../../nbs/8_training/01_downstream.ipynb #e916aa91
-class DownstreamTrainer(Addressed, Trainer):
+class DownstreamTrainer(AddressedSampling, Trainer):
     "transformers' Trainer with two learning rates, addressed sampling, early stopping and one progress bar"
 
     def __init__(
