@@ -68,7 +68,7 @@ class _PatchWordScores(torch.autograd.Function):
                 grad_words[j] = (of_words @ flat + of_patches.mT @ flat).view_as(grad_words[j])
         return grad_patches.view_as(patches), grad_words, None, None
 
-# %% ../../nbs/4_losses/08_matching.ipynb #ee30fb98
+# %% ../../nbs/4_losses/08_matching.ipynb #d78432a0
 def patch_word_scores(
     patches: Tensor,  # [A,N,d] of A images; at most 32,767 patches
     words: Tensor,  # [B,L,d] of B reports; at most 32,767 words
@@ -76,7 +76,7 @@ def patch_word_scores(
     *,
     reports: int | None = None,  # per block; None: as many as `BLOCK` cosines allow
 ) -> Tensor:  # [A,B,2], float32 or float64: s^I and s^T; -inf for a report without words
-    "Mean cosine of each image's patches with their best words, and of each report's words with their best patches (Eq. 5-8)"
+    "Mean cosine of patches with their best words and of words with their best patches (AdaMatch Eq. 5-8)"
     check_pairs(patches, words, mask)
     if reports is not None and reports < 1:
         raise ValueError(f"patch_word: reports is {reports}, a block needs at least 1")
