@@ -97,7 +97,7 @@ def _nearest(scores, member, n):
     order = np.argsort(-np.where(member, scores, -np.inf), kind="stable")
     return [int(i) for i in order[: min(n, member.sum())]]
 
-# %% ../../nbs/figures/05_prototypes.ipynb #106ace7d
+# %% ../../nbs/figures/05_prototypes.ipynb #8647432b
 def _describe(
     c: dict,  # of `clusters`
     n: int,  # studies in total
@@ -107,7 +107,7 @@ def _describe(
     fractions = [f"{k} {inside:.0%} (of all studies {every:.0%})" for k, (inside, every) in c["labels"].items()]
     lines = [
         f"prototype {c['prototype']}: {c['size']} of {n} studies",
-        f"{c['agree']:.0%} of their reports assigned alike",
+        f"{c['agree']:.0%} of their reports have the same one",
         *fractions,
         "words: " + (", ".join(c["words"]) or "none is typical"),
     ]

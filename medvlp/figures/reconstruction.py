@@ -120,7 +120,7 @@ def plot_reconstructions(
         fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../../nbs/figures/07_reconstruction.ipynb #d9a9ebca
+# %% ../../nbs/figures/07_reconstruction.ipynb #f094eeb8
 def _draw_study(
     axes,  # [2,3]: images above, reports below
     pictures,  # of `_image_states`
@@ -131,7 +131,7 @@ def _draw_study(
     "One study; above its reconstruction the mean squared error of masked pixels and the number of correct words"
     error = ((pictures[1] - pictures[2]) ** 2).mean() / masked
     looks = [look for _, look in texts[1] if look != "visible"]
-    scores = f"error {error:.3f}, {looks.count('correct')} of {len(looks)} words correct"
+    scores = f"error {error:.3f}, {looks.count('correct')}/{len(looks)} words"
     names = ("masked", f"reconstruction ({scores})", "original")
     for top, bottom, picture, text, name in zip(*axes, pictures, texts, names):
         _draw_image(top, picture, name)
