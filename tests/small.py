@@ -43,36 +43,34 @@ def train(folder, run, method="convirt", seed=0):
     "Pre-train into FOLDER/RUN; call again to resume"
     from transformers import set_seed
     from medvlp.data.prepare import load_studies
-    from medvlp.data.tokens import reports_tokenizer
+    from medvlp.data.tokens import build_tokenizer
     from medvlp.methods.base import build_method
     from medvlp.training.pretrain import pretrain
 
     torch.set_num_threads(1)
     folder = Path(folder)
     studies = {s: load_studies(folder / "prepared", s, paired=True) for s in ("train", "val")}
-    tokenizer = reports_tokenizer(studies["train"], ["findings"], 100)
+    tokenizer = build_tokenizer(studies["train"], ["findings"], 100)
     image, options = dict(name="resnet10t", image_size=32), {}
     if method == "mpma":
         image, options = (
-            dict(name="vit_tiny_patch16_224", image_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2),
+            dict(name="vit_tiny_patch16_224", image_size=32, options=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)),
             dict(rows=16, heads=2, slots=4, decoder_dim=32, decoder_heads=2, decoder_layers=1),
         )
     if method == "adamatch":
         image = dict(
             name="pvt_v2_b0",
             image_size=32,
-            depths=[1, 1, 1, 1],
-            embed_dims=[8, 16, 24, 32],
-            num_heads=[1, 1, 1, 1],
             patch_stride=16,
             prune=True,
             adapatch=[2, 3],
+            options=dict(depths=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32], num_heads=[1, 1, 1, 1]),
         )
     set_seed(seed)
     model = build_method(
         method,
         image,
-        dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64),
+        dict(options=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)),
         len(tokenizer),
         dim=16,
         **options,

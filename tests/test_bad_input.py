@@ -97,9 +97,9 @@ def test_report_of_5000_words_is_cut_to_the_encoder(studies, tmp_path):
     assert not len(quarantine) and len(prepared[0]["findings"].split()) == 5000
     from medvlp.data.batches import Collate, StudyDataset
     from medvlp.data.images import eval_transform
-    from medvlp.data.tokens import reports_tokenizer
+    from medvlp.data.tokens import build_tokenizer
 
-    tokenizer = reports_tokenizer(prepared, ["findings"], 100)
+    tokenizer = build_tokenizer(prepared, ["findings"], 100)
     assert Collate(tokenizer, 112)([StudyDataset(prepared, eval_transform(32))[0]])["input_ids"].shape == (1, 112)
 
 

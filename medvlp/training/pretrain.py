@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..data.batches import AddressedSampling, Collate, StudyDataset, resolve_device, resolve_workers
 from ..data.images import eval_transform, train_transform
 from ..data.prepare import check_writable, load_sets
-from ..data.tokens import reports_tokenizer
+from ..data.tokens import build_tokenizer
 from ..encoders.image import ImageEncoderOptions
 from ..encoders.text import TextEncoderOptions
 from ..methods.base import build_method
@@ -255,7 +255,7 @@ def pretrain_stage(
     studies = {split: load_sets(folders, split, paired=True) for split in ("train", "val")}
     readable = studies["train"] if len(studies["train"]) else load_sets(folders, "train")
     text = options.text_encoder
-    tokenizer = reports_tokenizer(readable, options.sections, options.vocab_size, text.name)
+    tokenizer = build_tokenizer(readable, options.sections, options.vocab_size, text.name)
     set_seed(stage.seed)
     image = options.image_encoder.model_dump()
     model = build_method(options.method, image, text.model_dump(), len(tokenizer), **options.options)
