@@ -119,21 +119,15 @@ class Whole(nn.Module):
 
     options, image = (
         {},
-        dict(name="vit_tiny_patch16_224", image_size=32, embed_dim=32, num_heads=2, depth=1, saliency=True),
+        dict(name="vit_tiny_patch16_224", image_size=32, saliency=True, options=dict(embed_dim=32, num_heads=2, depth=1)),
     )
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        text = dict(
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=64,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            saliency=True,
-        )
+        sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+        dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        text = dict(saliency=True, options=sizes | dropout)
         self.method = build_method(type(self).__name__.lower(), self.image, text, vocab_size=50, dim=8, **self.options)
         self.method.epoch = 1.0  # prototypes move from here on
 
@@ -190,12 +184,10 @@ class Adamatch(Whole):
     image = dict(
         name="pvt_v2_b0",
         image_size=32,
-        depths=[1, 1, 1, 1],
-        embed_dims=[8, 16, 24, 32],
-        num_heads=[1, 1, 1, 1],
         patch_stride=16,
         prune=True,
         adapatch=[2, 3],
+        options=dict(depths=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32], num_heads=[1, 1, 1, 1]),
     )
 
 

@@ -5,31 +5,30 @@
 # %% auto #0
 __all__ = ['ImageFeatures', 'TextFeatures', 'grid_boxes']
 
-# %% ../../nbs/3_encoders/00_features.ipynb #fbc99bd5
+# %% ../../nbs/3_encoders/00_features.ipynb #e21cff75
 from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-# %% ../../nbs/3_encoders/00_features.ipynb #bde2d413
+# %% ../../nbs/3_encoders/00_features.ipynb #0d9d42fe
 class ImageFeatures(NamedTuple):
-    "What an image encoder saw; D is its width, N the number of patches"
+    "What an image encoder returns; D is its width, N the number of patches"
 
     pooled: Tensor  # [B,D] the whole image
     patches: Tensor  # [B,N,D] row by row from the top left
     grid: tuple[int, int]  # (rows, columns), rows * columns = N
-    saliency: Tensor | None = None  # [B,N] attention of the class token, sums to 1; None without attention
-    boxes: Tensor | None = None  # [B,N,4] where each patch looked, as fractions x0, y0, x1, y1; None for the fixed grid
+    saliency: Tensor | None = None  # [B,N] attention of the class token, rows sum to 1; None unless requested
+    boxes: Tensor | None = None  # [B,N,4] of adaptive patches, as fractions x0, y0, x1, y1; None for the fixed grid
 
-# %% ../../nbs/3_encoders/00_features.ipynb #b12cc2ce
+# %% ../../nbs/3_encoders/00_features.ipynb #468bbac1
 class TextFeatures(NamedTuple):
-    "What a text encoder read; L is the largest number of words in the batch"
+    "What a text encoder returns; L is the largest number of words in the batch"
 
     pooled: Tensor  # [B,D] the whole report
     words: Tensor  # [B,L,D]
     mask: Tensor  # [B,L] bool, True where a real word stands
-    saliency: Tensor | None = (
-        None  # [B,L] attention of the class token, sums to 1 over real words; None where not asked for
-    )
+    saliency: Tensor | None = None  # [B,L] attention of the class token, rows sum to 1 over real words; or None
 
 # %% ../../nbs/3_encoders/00_features.ipynb #d6657916
 def grid_boxes(

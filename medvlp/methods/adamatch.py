@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AdamatchOptions', 'Adamatch', 'mean_side']
 
-# %% ../../nbs/7_methods/07_adamatch.ipynb #75ce48be
+# %% ../../nbs/7_methods/07_adamatch.ipynb #582d2018
 from functools import cache
 
 import torch
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..encoders.features import ImageFeatures
 from ..losses.matching import patch_word_losses, patch_word_scores
-from ..losses.ops import gathered_scores, masked_softmax
+from ..losses.ops import at_least_float32, gathered_scores, masked_softmax
 from ..losses.ops import similarity as cosines
 from .base import MethodOptions, TokenMethod
 
@@ -59,7 +59,7 @@ class Adamatch(TokenMethod):
             gathered_scores(patch_word_scores, *self.tokens(image, text), text.mask), self.temperature
         )
 
-# %% ../../nbs/7_methods/07_adamatch.ipynb #c1b7e2f6
+# %% ../../nbs/7_methods/07_adamatch.ipynb #e403de75
 def mean_side(
     image: ImageFeatures,  # with boxes
 ) -> Tensor:  # scalar, without gradient
@@ -123,5 +123,5 @@ def similarity(
 def token_maps(self: Adamatch, image, text):
     "A softmax of the cosines over the patches for each word, over the words for each patch; the peaks are the matches"
     patches, words = self.tokens(image, text)
-    s = cosines(words, patches) / self.temperature
+    s = at_least_float32(cosines(words, patches)) / self.temperature
     return s.softmax(-1).masked_fill(~text.mask[..., None], 0), masked_softmax(s.mT, text.mask)

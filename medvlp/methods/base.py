@@ -6,7 +6,7 @@
 __all__ = ['MethodOptions', 'MethodConfig', 'projection', 'Method', 'TokenProjection', 'TokenMethod', 'method_names',
            'find_method', 'build_method', 'load_method']
 
-# %% ../../nbs/7_methods/00_base.ipynb #f0c0075f
+# %% ../../nbs/7_methods/00_base.ipynb #39739368
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -21,8 +21,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..encoders.features import ImageFeatures, TextFeatures
-from ..encoders.image import ImageEncoder, image_config
-from ..encoders.text import TextEncoder, text_config
+from ..encoders.image import ImageEncoder, ImageEncoderOptions, image_config
+from ..encoders.text import TextEncoder, TextEncoderOptions, text_config
 from ..losses.ops import similarity as cosines
 from ..project.config import Options, did_you_mean, validate
 
@@ -64,7 +64,7 @@ def projection(
     "Each feature to mean 0 and standard deviation 1 over the batch; then linear, ReLU, linear"
     return nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
 
-# %% ../../nbs/7_methods/00_base.ipynb #464dc0ea
+# %% ../../nbs/7_methods/00_base.ipynb #ee880f5e
 _METHODS = {}  # name: class, filled as modules are imported
 
 
@@ -74,6 +74,7 @@ class Method(PreTrainedModel):
     name = ""
     Options = MethodOptions
     capabilities: frozenset[str] = frozenset()
+    needs_saliency = False  # whether its losses weight tokens by the encoders' saliency
 
     config_class = MethodConfig
     main_input_name = "images"
@@ -90,11 +91,20 @@ class Method(PreTrainedModel):
         super().__init__(config)
         self.options = validate(self.Options, config.options, f"method {self.name}: options")
         self.image_encoder, self.text_encoder = ImageEncoder(**config.image), TextEncoder(**config.text)
-        if self.image_encoder.adapatch:
+        if self.needs_saliency:
+            self._check_saliency()
+        if self.image_encoder.has_boxes:
             self.capabilities = self.capabilities | {"adaptive_patches"}
         self.image_projection = projection(self.image_encoder.dim, self.options.dim)
         self.text_projection = projection(self.text_encoder.dim, self.options.dim)
         self.post_init()
+
+    def _check_saliency(self):
+        "Saliency must come from every encoder that can return it"
+        for key, encoder in (("image_encoder", self.image_encoder), ("text_encoder", self.text_encoder)):
+            if encoder.has_class_token and not encoder.saliency:
+                problem = f"method {self.name} weights tokens by saliency, which this {key} could return but does not"
+                raise ValueError(f"{problem}. Set {key}.saliency: true.")
 
     def _init_weights(self, module):
         "timm, transformers and torch initialise their parts; only buffers that checkpoints leave out are refilled"
@@ -257,31 +267,30 @@ def find_method(
         raise ValueError(f'medvlp.methods.{name} defines no Method with name = "{name}"')
     return _METHODS[name]
 
-# %% ../../nbs/7_methods/00_base.ipynb #cd4f1acd
+# %% ../../nbs/7_methods/00_base.ipynb #70318880
 def build_method(
     name: str,  # e.g. convirt
-    image_encoder: dict,  # name, image_size, ..., and `pretrained: true` for published weights
-    text_encoder: dict,  # name and `pretrained`, or sizes; pool, layers
+    image_encoder: dict,  # of ImageEncoderOptions
+    text_encoder: dict,  # of TextEncoderOptions
     vocab_size: int,  # of the tokenizer
     **options,  # of the method
 ) -> Method:
     "A method with fresh weights, or with published encoders where `pretrained` is set"
     kind = find_method(name)
-    options = validate(kind.Options, options, f"method {name}: options")
-    image, text = dict(image_encoder), dict(text_encoder)
-    pretrained = image.pop("pretrained", False), text.pop("pretrained", False)
-    reading = {k: text.pop(k) for k in ("pool", "layers", "saliency") if k in text}
+    image = validate(ImageEncoderOptions, image_encoder, "image_encoder")
+    text = validate(TextEncoderOptions, text_encoder, "text_encoder")
     config = MethodConfig(
         method=name,
-        image=image_config(**image),
-        text=dict(config=text_config(vocab_size=vocab_size, **text), **reading),
-        options=options.model_dump(),
+        image=image_config(**image.model_dump(exclude={"pretrained"})),
+        text=text.model_dump(include={"pool", "layers", "saliency"})
+        | dict(config=text_config(text.name, vocab_size, text.options)),
+        options=validate(kind.Options, options, f"method {name}: options").model_dump(),
     )
     model = kind(config)
-    if pretrained[0]:
-        model.image_encoder.load_pretrained(image["name"])
-    if pretrained[1]:
-        model.text_encoder.load_pretrained(text["name"])
+    if image.pretrained:
+        model.image_encoder.load_pretrained(image.name)
+    if text.pretrained:
+        model.text_encoder.load_pretrained(text.name)
     return model
 
 # %% ../../nbs/7_methods/00_base.ipynb #ef0780f6

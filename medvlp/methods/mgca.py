@@ -17,7 +17,7 @@ from ..losses.prototypes import Prototypes
 from ..losses.tokenwise import CrossAttention, cross_token_alignment
 from .base import MethodOptions, TokenMethod
 
-# %% ../../nbs/7_methods/02_mgca.ipynb #e696d378
+# %% ../../nbs/7_methods/02_mgca.ipynb #c9f35383
 class MgcaOptions(MethodOptions):
     "Options of MGCA"
 
@@ -30,6 +30,9 @@ class MgcaOptions(MethodOptions):
     frozen_epochs: NonNegativeFloat = Field(1.0, description="epochs for which the prototypes stay as drawn")
     epsilon: PositiveFloat = Field(0.05, description="of Sinkhorn; smaller gives harder codes")
     iterations: PositiveInt = Field(3, description="of Sinkhorn")
+    token_weights: Literal["saliency", "uniform"] = Field(
+        "saliency", description="of patches and words in the local term; uniform needs no saliency of the encoders"
+    )
     attention: Literal["learned", "cosine"] = Field(
         "learned", description="learned: Eq. 4; cosine: softmax of cosines, as in the released code"
     )
@@ -37,13 +40,17 @@ class MgcaOptions(MethodOptions):
         "paper", description="official: token weights clipped to their 10 to 90 % quantiles, as in the released code"
     )
 
-# %% ../../nbs/7_methods/02_mgca.ipynb #3bf89170
+# %% ../../nbs/7_methods/02_mgca.ipynb #14bd1eb8
 class Mgca(TokenMethod):
     "Alignment of studies, of tokens and of clusters (MGCA)"
 
     name = "mgca"
     Options = MgcaOptions
     capabilities = frozenset({"token_maps", "prototypes"})
+
+    @property
+    def needs_saliency(self):
+        return self.options.token_weights == "saliency"
 
     def __init__(self, config):
         super().__init__(config)
@@ -67,8 +74,8 @@ class Mgca(TokenMethod):
                 text.mask,
                 words_to_patches=self.words_to_patches,
                 patches_to_words=self.patches_to_words,
-                patch_weights=image.saliency,
-                word_weights=text.saliency,
+                patch_weights=image.saliency if self.needs_saliency else None,
+                word_weights=text.saliency if self.needs_saliency else None,
                 temperature=o.token_temperature,
                 variant=o.variant,
             ),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MaskRatio', 'MpmaOptions', 'Mpma', 'check_vit']
 
-# %% ../../nbs/7_methods/06_mpma.ipynb #5c549bb2
+# %% ../../nbs/7_methods/06_mpma.ipynb #91190db9
 from functools import cache
 from typing import Annotated, Literal
 
@@ -21,7 +21,7 @@ from ..generation.image_decoder import ImageDecoder
 from ..generation.report_decoder import ReportDecoder
 from ..losses.gla import gaussian_ramp, global_alignment, local_alignment, row_vectors
 from ..losses.masked import patchify, pixel_loss, word_loss
-from ..losses.ops import masked_softmax
+from ..losses.ops import at_least_float32, masked_softmax
 from ..losses.ops import similarity as cosines
 from .base import MethodOptions, TokenMethod
 
@@ -225,7 +225,7 @@ def check_vit(
         remedy = "Give mpma a ViT in an image_encoder section of its own under `methods`."
         raise ValueError(f"method mpma: {e} {remedy}") from None
 
-# %% ../../nbs/7_methods/06_mpma.ipynb #07094511
+# %% ../../nbs/7_methods/06_mpma.ipynb #85dc63d1
 @patch
 def embed_images(
     self: Mpma,
@@ -262,7 +262,7 @@ def similarity(
 def token_maps(self: Mpma, image, text):
     "The local term's choice of patches for each word; the same cosines read the other way for each patch"
     patches, words = self.tokens(image, text)
-    s = cosines(words, patches) / self.options.word_temperature
+    s = at_least_float32(cosines(words, patches)) / self.options.word_temperature
     return s.softmax(-1).masked_fill(~text.mask[..., None], 0), masked_softmax(s.mT, text.mask)
 
 # %% ../../nbs/7_methods/06_mpma.ipynb #8a05c4c3
