@@ -266,7 +266,7 @@ def pointing(
     names = list(labels) or sorted({q["label"] for q in found})
     return pointing_table(found, answers, names, studies["patient_id"][:], n_resamples, seed)
 
-# %% ../../nbs/9_tasks/04_pointing.ipynb #a4fb3154
+# %% ../../nbs/9_tasks/04_pointing.ipynb #bf785691
 def pointing_scores(
     table: pd.DataFrame,  # of pointing
 ) -> pd.DataFrame:  # metric, overall, value, low, high, chance, n, note
@@ -274,10 +274,11 @@ def pointing_scores(
     if table.empty:
         return no_scores()
     label = table.label.map(lambda name: "" if name == "macro" else f" {name}")
-    note = table.n.map(lambda n: "" if n else "no question: no study has both a word and a box")
 
     def rows(metric, chance, value, low, high):
         numbers = dict(value=table[value], low=table[low], high=table[high], chance=chance, n=table.n)
+        note = np.where(table.n > 0, "no training study has a box of it", "no study has both a word and a box")
+        note = np.where(table[value].isna(), note, "")
         return pd.DataFrame(dict(metric=metric + label, overall=label == "", **numbers, note=note))
 
     more = {"gain on best place": ("gain", 0.0), "box IoU": ("overlap", np.nan)}

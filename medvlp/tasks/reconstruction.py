@@ -88,9 +88,12 @@ def reconstruction(
     columns = estimate(measures, resample(studies["patient_id"][:], n_resamples))._asdict()
     return pd.DataFrame(dict(measure=names, **columns, chance=[np.nan, np.nan, 0.0, t.flat.mean()], n=len(t)))
 
-# %% ../../nbs/9_tasks/05_reconstruction.ipynb #d39ea1e7
+# %% ../../nbs/9_tasks/05_reconstruction.ipynb #c818a290
 def reconstruction_scores(
     table: pd.DataFrame,  # of `reconstruction`
-) -> pd.DataFrame:  # metric, overall, value, low, high, chance, n
+) -> pd.DataFrame:  # metric, overall, value, low, high, chance, n, note
     "The measures as they are; chance of the pixel error is the mean grey of the visible patches"
-    return table.rename(columns=dict(measure="metric")).assign(overall=True) if len(table) else no_scores()
+    if table.empty:
+        return no_scores()
+    note = np.where(table.value.isna(), "no word could be masked", "")
+    return table.rename(columns=dict(measure="metric")).assign(overall=True, note=note)

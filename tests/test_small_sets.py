@@ -1,0 +1,157 @@
+"""Sets that are too small or lack something: a task gives a reason or NaN with a note, never a traceback"""
+import json
+import warnings
+from functools import cache
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from medvlp.data.prepare import png, study_features
+from medvlp.data.tokens import train_tokenizer
+from medvlp.methods.base import build_method
+from medvlp.project.config import ConfigError
+from medvlp.tasks.evaluate import EvaluateOptions, evaluate
+from medvlp.tasks.metrics.scores import load_scores, save_scores
+from medvlp.tasks.probe import ProbeOptions
+from medvlp.tasks.retrieval import RetrievalOptions
+from medvlp.tasks.zero_shot import ZeroShotOptions
+
+TASKS = ["probe", "retrieval", "zero_shot", "pointing", "reconstruction"]
+LABELS = ["effusion", "nodule"]
+PROMPTS = """findings:
+  effusion: {positive: [Large effusion.], negative: [No effusion.]}
+  nodule: {positive: [A small nodule.], negative: [No nodule.]}
+"""
+
+
+def study(i, split, patient=None, report=True, labels=(1, 0), box="effusion"):
+    text = f"Film {i}. Large effusion and a small nodule." if report else ""
+    image = png(PIL.Image.fromarray(np.random.default_rng(i).integers(0, 255, (36, 36), np.uint8)))
+    names = dict(study_id=str(i), patient_id=patient or f"p{i}", view="PA", findings=text, impression="", split=split)
+    boxes = [dict(label=box, box=[0.3, 0.3, 0.7, 0.7])] if box else []
+    about = dict(paired=report, image=image, mask=None, boxes=boxes, questions=[])
+    return names | about | (dict(labels=dict(zip(LABELS, labels))) if labels else {})
+
+
+def study_set(*rows):
+    features = study_features(LABELS if "labels" in rows[0] else [])
+    return datasets.Dataset.from_list(list(rows), features=features)
+
+
+def both(i):
+    return i % 2, i // 2 % 2
+
+
+SETS = {
+    "one study": study_set(study(0, "test")),
+    "one training study": study_set(study(0, "train")),
+    "one patient": study_set(*(study(i, "test", "ann", labels=both(i)) for i in range(5))),
+    "two test studies": study_set(study(0, "test"), study(1, "test", labels=(0, 1))),
+    "three of five to test": study_set(*(study(i, "train" if i < 2 else "test", labels=both(i)) for i in range(5))),
+    "no test studies": study_set(*(study(i, "train" if i < 3 else "val") for i in range(5))),
+    "no training studies": study_set(*(study(i, "val" if i < 2 else "test", labels=both(i)) for i in range(5))),
+    "no labels": study_set(*(study(i, ["train", "test"][i % 2], labels=None) for i in range(6))),
+    "unknown labels": study_set(*(study(i, ["train", "test"][i % 2], labels=(None, -1)) for i in range(6))),
+    "one class only": study_set(*(study(i, ["train", "test"][i // 2 % 2], labels=(1, i % 2)) for i in range(12))),
+    "one class in training": study_set(*(study(i, "train" if i < 6 else "test", labels=(i > 6, 1)) for i in range(12))),
+    "no reports": study_set(*(study(i, ["train", "test"][i % 2], report=False, labels=both(i)) for i in range(8))),
+    "no boxes": study_set(*(study(i, ["train", "test"][i // 4 % 2], labels=both(i), box="") for i in range(12))),
+    "boxes without a word": study_set(*(study(i, ["train", "test"][i // 4 % 2], box="hernia") for i in range(12))),
+    "boxes in the test split only": study_set(
+        *(study(i, "test" if i > 5 else "train", labels=both(i), box="effusion" if i > 5 else "") for i in range(12))
+    ),
+    "most of one patient": study_set(*(study(i, "test", "ann" if i < 3 else "bob", labels=both(i)) for i in range(4))),
+}
+
+
+@pytest.fixture(scope="module")
+def mpma():
+    tok = train_tokenizer(["Film 0. Large effusion and a small nodule. No effusion. No nodule."] * 3, vocab_size=120)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    vit = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    image = dict(name="vit_tiny_patch16_224", image_size=32, options=vit)
+    small = dict(dim=16, rows=16, heads=2, slots=4, decoder_dim=32, decoder_heads=2, decoder_layers=1)
+    torch.manual_seed(0)
+    return build_method("mpma", image, dict(options=sizes), len(tok), **small), tok
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "prompts.yaml"
+    file.write_text(PROMPTS)
+    return EvaluateOptions(
+        probe=ProbeOptions(fractions=[0.01, 0.1, 1.0], subset_seeds=2),
+        retrieval=RetrievalOptions(classes=LABELS),
+        zero_shot=ZeroShotOptions(prompts=str(file)),
+        n_resamples=20,
+    )
+
+
+@pytest.fixture(scope="module")
+def results(mpma, options):
+    @cache
+    def of(name):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", category=RuntimeWarning)
+            return evaluate(*mpma, SETS[name], options=options)
+
+    return of
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_reason_or_a_note(name, results, tmp_path):
+    results = results(name)
+    assert list(results) == TASKS
+    for task, (scores, _, reason) in results.items():
+        assert bool(reason) == (not len(scores)) and "\n" not in reason, task
+        unexplained = scores[scores.value.isna() & (scores.note == "")]
+        assert not len(unexplained), f"{task}: {unexplained.metric.tolist()}"
+        assert scores.metric.is_unique, task
+        facts = dict(experiment="small", task=task, data="set", method="mpma", seed=0)
+        save_scores(scores, tmp_path / task / "set-mpma-0.csv", reason=reason, **facts)
+        metrics = json.loads((tmp_path / task / "set-mpma-0.json").read_text())
+        assert not reason or metrics == dict(reason=reason)
+    assert len(load_scores(tmp_path)) == sum(len(r.scores) for r in results.values())
+
+
+@pytest.mark.parametrize(
+    "name, task, reason",
+    [
+        ("one patient", "retrieval", "the test studies with a report are all of one patient"),
+        ("no test studies", "probe", "the set has no test studies"),
+        ("no training studies", "probe", "the set has no training studies"),
+        ("no labels", "zero_shot", "the set has no labels"),
+        ("no reports", "retrieval", "the set has no test studies with a report"),
+        ("no boxes", "pointing", "no test study with a report has boxes"),
+        ("boxes without a word", "pointing", "no test report names a finding that has a visible box"),
+        ("most of one patient", "reconstruction", "no shift of the test studies gives each an image of another patient"),
+    ],
+)
+def test_the_reason_names_what_is_missing(name, task, reason, results):
+    assert results(name)[task].reason.startswith(reason)
+
+
+def test_two_fractions_of_the_same_studies_give_the_same_numbers(results):
+    table = results("one class only")["probe"].table.set_index(["fraction", "label"])
+    assert table.n_labelled[0.01, "macro"] == table.n_labelled[0.1, "macro"] == 2
+    assert table.value[0.01, "nodule"] == table.value[0.1, "nodule"]
+    assert table.note[0.01, "effusion"].startswith("one class only in the test set")
+
+
+def test_prompts_without_a_finding_of_the_set(mpma, options, tmp_path):
+    (tmp_path / "other.yaml").write_text(PROMPTS.replace("effusion:", "oedema:").replace("nodule:", "hernia:"))
+    other = options.model_copy(update=dict(zero_shot=ZeroShotOptions(prompts=str(tmp_path / "other.yaml"))))
+    reason = evaluate(*mpma, SETS["two test studies"], options=other)["zero_shot"].reason
+    assert "(option zero_shot.prompts) has no finding that is a label of the set" in reason
+    missing = options.model_copy(update=dict(zero_shot=ZeroShotOptions(prompts="nowhere.yaml")))
+    with pytest.raises(ConfigError, match="zero_shot.prompts: nowhere.yaml: cannot be read"):
+        evaluate(*mpma, SETS["two test studies"], options=missing)
+
+
+def test_classes_that_the_set_does_not_have(mpma, options):
+    five = options.model_copy(update=dict(retrieval=RetrievalOptions(classes=["Edema", "Atelectasis"])))
+    scores = evaluate(*mpma, SETS["two test studies"], options=five)["retrieval"].scores.set_index("metric")
+    assert scores.note["2x0 P@K"] == "the set has no label Edema, Atelectasis"
