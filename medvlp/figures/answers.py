@@ -6,14 +6,13 @@
 __all__ = ['RIGHT', 'WRONG', 'cam', 'answer_maps', 'choose_questions', 'answer_examples', 'answer_lines', 'plot_answers',
            'empty_sheet']
 
-# %% ../../nbs/figures/08_answers.ipynb #3cc494e6
+# %% ../../nbs/figures/08_answers.ipynb #ffc2b6a5
 import textwrap
 import pandas as pd, torch, matplotlib.pyplot as plt
 from torch import Tensor
-from ..data.images import eval_transform
 from .heatmaps import COLOURS, draw_map, top_weight
 from .style import figure_style, sheet
-from ..tasks.answer import Answerer, Answers, question_studies
+from ..tasks.answer import AnswerModel, CollateQuestions, QuestionExamples
 
 # %% ../../nbs/figures/08_answers.ipynb #83d51ac3
 def cam(
@@ -24,28 +23,28 @@ def cam(
     m = (patches * gradient.mean(1, keepdim=True)).sum(-1).relu()
     return m / m.sum(1, keepdim=True).clamp(min=torch.finfo(m.dtype).tiny)
 
-# %% ../../nbs/figures/08_answers.ipynb #24f9af75
+# %% ../../nbs/figures/08_answers.ipynb #07b68a5c
 def answer_maps(
-    model: Answerer,  # in evaluation mode
+    model: AnswerModel,  # in evaluation mode
     batch: dict,  # of tasks.answer.CollateQuestions
     chosen: Tensor | None = None,  # [Q] numbers of the answers to explain; None: the likeliest
 ) -> tuple[Tensor, tuple[int, int]]:  # [Q,N] of `cam`; (rows, columns) of the patches
     "Where on the image the answers to a batch of questions rest"
     batch = {k: x.to(next(model.parameters()).device) for k, x in batch.items()}
     with torch.no_grad():
-        patches, boxes = model.look(batch["images"])
+        patches, boxes = model.patch_tokens(batch["images"])
         text = model.text_encoder(*(batch[k] for k in ("input_ids", "attention_mask", "word_ids")))
         grid = model.image_encoder(batch["images"][:1]).grid
     with torch.enable_grad():
         v = patches[batch["owner"]].requires_grad_()
-        logits = model.choose(v, boxes[batch["owner"]], text)
+        logits = model.classify(v, boxes[batch["owner"]], text)
         chosen = logits.argmax(1) if chosen is None else chosen
         (g,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), v)
     return cam(v.detach(), g).cpu(), grid
 
-# %% ../../nbs/figures/08_answers.ipynb #21c4881f
+# %% ../../nbs/figures/08_answers.ipynb #1eef9714
 def choose_questions(
-    table: pd.DataFrame,  # of tasks.answer.Answers
+    table: pd.DataFrame,  # of tasks.answer.read_answers
     n: int = 8,  # at most
 ) -> pd.DataFrame:  # some of its rows
     "One question a study, in the order of the set, kinds and open and closed ones in turn"
@@ -58,22 +57,19 @@ def choose_questions(
         shown.append(i)
     return table.loc[shown]
 
-# %% ../../nbs/figures/08_answers.ipynb #d7f0e5aa
+# %% ../../nbs/figures/08_answers.ipynb #a481da0b
 def answer_examples(
-    got: Answers,  # of tasks.answer.train_answers
-    studies,  # that it was trained with
-    image_size: int,  # pixels of the square that the encoder sees
+    model: AnswerModel,  # in evaluation mode
+    studies,  # the set that was asked about
+    answered: pd.DataFrame,  # its test questions, of tasks.answer.read_answers
     n: int = 8,  # at most
 ) -> list[dict]:  # question, given, answer; image [H,W]; map [N], grid
     "Test questions with the answers given and where these rest"
-    shown = choose_questions(got.table, n)
-    data = question_studies(studies, shown, eval_transform(image_size), got.answers)
-    batch = got.collate([data[i] for i in range(len(data))])
-    maps, grid = answer_maps(
-        got.model,
-        batch,
-        torch.tensor([got.answers.index(a) for a in shown.given], device=next(got.model.parameters()).device),
-    )
+    shown, answers = choose_questions(answered, n), model.config.answers
+    data = QuestionExamples(studies, shown, answers, model.config.image["image_size"])
+    batch = CollateQuestions(model.tokenizer, model.config.max_tokens)([data[i] for i in range(len(data))])
+    given = torch.tensor([answers.index(a) for a in shown.given], device=model.device)
+    maps, grid = answer_maps(model, batch, given)
     return [
         dict(
             question=q.question,
