@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import shutil
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -130,6 +131,7 @@ def run_key(
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+@cache
 def _code_hash():
     package = Path(find_spec("medvlp").submodule_search_locations[0])
     files = sorted(p for p in package.rglob("*.py") if p.parent.name != "project" and p.name != "_modidx.py")
