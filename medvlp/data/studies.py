@@ -120,8 +120,8 @@ def _check_leak(studies: pd.DataFrame, source: str) -> None:
     problem = f"{source}: patient {leaks[0]!r} is in {where}; {len(leaks)} patient(s) leak between splits."
     raise StudyError(f"{problem} Give each patient one split, or omit the split column to have it drawn by patient.")
 
-# %% ../../nbs/1_data/00_studies.ipynb #507a107a
-_SYNONYMS = {"valid": "val", "validate": "val", "validation": "val", "dev": "val"}
+# %% ../../nbs/1_data/00_studies.ipynb #0639a9c7
+_SYNONYMS = {"valid": "val", "validation": "val", "dev": "val"}
 
 
 def _check_split(split: pd.Series, source: str) -> None:

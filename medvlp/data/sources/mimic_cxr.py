@@ -77,7 +77,7 @@ def _read_rows(folder: Path) -> pd.DataFrame:
 def _study_path(folder, study, patient):
     return folder / "files" / f"p{patient[:2]}" / f"p{patient}" / f"s{study}"
 
-# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #99382e8f
+# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #913a5913
 def mimic_cxr(
     folder: str | Path,  # contains the three tables and files/
 ) -> pd.DataFrame:  # canonical columns, then those of the split and metadata tables; one row per image
@@ -94,6 +94,7 @@ def mimic_cxr(
         patient_id="p" + rows.subject_id,
         image=[f"{path}/{dicom}.jpg" for path, dicom in zip(paths, rows.dicom_id)],
         view=rows.ViewPosition.str.upper(),
+        split=rows.split.replace("validate", "val"),
         findings=[s["findings"] for s in sections],
         impression=[s["impression"] for s in sections],
         labels=[labels.get(study, {}) for study in rows.study_id],
