@@ -64,7 +64,7 @@ def projection(
     "Each feature to mean 0 and standard deviation 1 over the batch; then linear, ReLU, linear"
     return nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
 
-# %% ../../nbs/7_methods/00_base.ipynb #ee880f5e
+# %% ../../nbs/7_methods/00_base.ipynb #7366518c
 _METHODS = {}  # name: class, filled as modules are imported
 
 
@@ -80,7 +80,7 @@ class Method(PreTrainedModel):
     main_input_name = "images"
     accepts_loss_kwargs = False
     epoch = 0.0  # how far training has come; the trainer sets it, for terms that begin gently
-    averages = True  # whether the mean of several texts' embeddings stands for them
+    averages_embeddings = True  # whether the mean of several prompts' embeddings is an embedding itself
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -191,6 +191,12 @@ def token_maps(
 
     Weights are at least 0; rows sum to 1 over the real tokens and are 0 on padding."""
     return None
+
+# %% ../../nbs/7_methods/00_base.ipynb #0c2fd19b
+@patch
+def curves(self: Method) -> dict[str, float]:
+    "Numbers that the trainer logs beside the loss and its terms; none unless a method overrides it"
+    return {}
 
 # %% ../../nbs/7_methods/00_base.ipynb #a6d5fed6
 @patch

@@ -168,14 +168,14 @@ def prompt_embeddings(
     "Prompts in the joint space, averaged after normalisation"
     sentences = list(dict.fromkeys(chain.from_iterable(chain.from_iterable(prompts.values()))))
     vectors = text_embeddings(model, tokenizer, sentences, max_tokens, batch_size)
-    vectors = dict(zip(sentences, F.normalize(vectors.float(), dim=-1) if model.averages else vectors))
+    vectors = dict(zip(sentences, F.normalize(vectors.float(), dim=-1) if model.averages_embeddings else vectors))
 
     def side(texts):
         found = torch.stack([vectors[s] for s in texts])
-        return found.mean(0) if model.averages else found
+        return found.mean(0) if model.averages_embeddings else found
 
     embedded = {label: tuple(map(side, sides)) for label, sides in prompts.items()}
-    return {label: torch.stack(sides) for label, sides in embedded.items()} if model.averages else embedded
+    return {label: torch.stack(sides) for label, sides in embedded.items()} if model.averages_embeddings else embedded
 
 # %% ../../nbs/9_tasks/03_zero_shot.ipynb #7eb63e00
 @torch.inference_mode()
