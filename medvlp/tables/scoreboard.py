@@ -344,14 +344,14 @@ def _notes(scores, methods, seeds, metrics):
             notes.append(f'{task} has no metric "{metric}": {did_you_mean(metric, known)}')
     return [" ".join(notes)] if notes else []
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #d0a1a495
+# %% ../../nbs/tables/00_scoreboard.ipynb #9c8a0e52
 def save_scoreboard(
     board: Scoreboard,
-    output: str | Path,  # a folder
+    path: str | Path,  # of the Markdown file, e.g. results/demo.md
 ) -> None:
-    "Write scoreboard.md, scoreboard.csv (the summary) and scoreboard.png"
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "scoreboard.md").write_text(board.markdown)
-    board.summary.to_csv(output / "scoreboard.csv", index=False, float_format="%.6f")
-    save(board.figure, output / "scoreboard.png")
+    "Write the tables as Markdown, and beside them the summary as CSV and the figure as PNG"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(board.markdown)
+    board.summary.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6f")
+    save(board.figure, path.with_suffix(".png"))
