@@ -298,7 +298,7 @@ def heart_ratio(
     "Heart width over cage width as the film shows it"
     return ctr * (1.07 if a.view == "AP" else 1.0) * (1 - 0.03 * a.inspiration)
 
-# %% ../../nbs/2_phantom/00_chest.ipynb #7a96cc57
+# %% ../../nbs/2_phantom/00_chest.ipynb #6c8f7361
 _BOTTOM = 1.2  # functions of y are tabulated from 0 to here
 
 
@@ -318,7 +318,7 @@ def _right_points(a: Anatomy, right: float, width: float, foot: float, top: floa
         (_BOTTOM, 0.5 * right),
     ]
 
-
+# %% ../../nbs/2_phantom/00_chest.ipynb #e56b9f1e
 def _left_points(a: Anatomy, left: float, width: float, foot: float, top: float) -> list:
     "Points (y, distance from the midline) of the left border of a heart that reaches `left` to the left"
     apex = foot - 0.05 - 0.02 * width  # y of the heart's apex
@@ -420,7 +420,7 @@ def lung_root(a: Anatomy, side: str) -> tuple[float, float]:
     y = 0.47 + 0.03 * a.inspiration - (0.025 if side == "left" else 0)
     return u, y
 
-# %% ../../nbs/2_phantom/00_chest.ipynb #7e5f2ed5
+# %% ../../nbs/2_phantom/00_chest.ipynb #7e3a0372
 def _grow_vessel(strokes: list, jitter: list, sign: int, x, y, angle, width, length, forks: int):
     "Append a vessel and its branches to `strokes`; `jitter` is a stock of normal numbers, used up from its end"
     line, bend = [(sign * x, y)], 0.13 * jitter.pop()
@@ -436,7 +436,7 @@ def _grow_vessel(strokes: list, jitter: list, sign: int, x, y, angle, width, len
         _grow_vessel(strokes, jitter, sign, x, y, angle + fork, width * 0.74, length * 0.80 * ratio, forks - 1)
         _grow_vessel(strokes, jitter, sign, x, y, angle - fork * 0.8, width * 0.80, length * 0.84 / ratio, forks - 1)
 
-
+# %% ../../nbs/2_phantom/00_chest.ipynb #aa360786
 def _vessel_tree(a: Anatomy, side: str) -> list:  # strokes for `paint`
     "Arteries and veins of one lung, up to four forks deep"
     rng = np.random.default_rng([int(a.branch * 1e8), side == "left"])
@@ -519,7 +519,7 @@ def _ribs(a: Anatomy, size: int) -> np.ndarray:
     back, front = _rib_strokes(a)
     return a.bone * gaussian_filter(paint(a, size, back) + paint(a, size, front), 0.0016 * size)
 
-# %% ../../nbs/2_phantom/00_chest.ipynb #57f75761
+# %% ../../nbs/2_phantom/00_chest.ipynb #f891e83f
 _BLADE = [  # distance from the midline and y of a shoulder blade's border
     (0.335, 0.25),
     (0.285, 0.27),
@@ -539,7 +539,7 @@ def _shoulder_points(a: Anatomy, side: str, points: list) -> list:
     up = -0.045 - 0.03 * a.shoulder
     return [(SIGN[side] * (u + aside), v + up) for u, v in points]
 
-
+# %% ../../nbs/2_phantom/00_chest.ipynb #9aac1873
 def _blade_strokes(a: Anatomy, side: str) -> list:
     "A shoulder blade: its border, its body and its spine"
     border = _shoulder_points(a, side, _BLADE + _BLADE[:1])
@@ -583,7 +583,7 @@ def _spine(a: Anatomy, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     process = np.exp(-(((x - bow - rotation_shift(a, -1)) / 0.006) ** 2) - (dy / 0.014) ** 2)
     return (0.01 + 0.30 * a.bone) * body * (1 - 0.45 * disc) + a.bone * (0.35 * pedicle + 0.35 * process)
 
-# %% ../../nbs/2_phantom/00_chest.ipynb #57c19cff
+# %% ../../nbs/2_phantom/00_chest.ipynb #9846e250
 def _outline(a: Anatomy) -> np.ndarray:
     "Half-width of neck, shoulders and trunk for y from 0 to `_BOTTOM`, [512]"
     up, w = -0.085 - 0.03 * a.shoulder, a.width + 0.055 + 0.35 * a.girth
@@ -603,7 +603,7 @@ def _breasts(a: Anatomy, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         out = out + a.breast * chord(d, 0.6 * size) * (0.25 + 0.75 * soft(y - 0.62, 0.08))
     return out
 
-
+# %% ../../nbs/2_phantom/00_chest.ipynb #aca26454
 def _abdomen(a: Anatomy, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     "Attenuation of liver and spleen less the air in stomach and bowel"
     top = np.where(x < 0, dome(a, "right", -x), dome(a, "left", x)).astype(np.float32)

@@ -113,7 +113,7 @@ def _equal_reports(table: pd.DataFrame) -> pd.Series:  # [N] bool
     "Which studies have the same report, word for word, as another one"
     return (table.findings + "\n" + table.impression).duplicated(keep=False)
 
-# %% ../../nbs/2_phantom/05_dataset.ipynb #12a70e6c
+# %% ../../nbs/2_phantom/05_dataset.ipynb #40a80625
 def _prevalence(found: pd.DataFrame) -> str:
     "A line of the card's table for each finding"
     lines = []
@@ -122,7 +122,7 @@ def _prevalence(found: pd.DataFrame) -> str:
         lines.append(f"| {name} | {present.sum()} | {uncertain.sum()} | {present.mean():.1%} |")
     return "\n".join(lines)
 
-
+# %% ../../nbs/2_phantom/05_dataset.ipynb #45b3815e
 def _data_card(
     table: pd.DataFrame,  # rows of `_study_row`
     seed: int,
@@ -155,7 +155,7 @@ def _data_card(
         grave=(equal & grave).sum(),
     )
 
-# %% ../../nbs/2_phantom/05_dataset.ipynb #1bc3917a
+# %% ../../nbs/2_phantom/05_dataset.ipynb #18de89e2
 _HOSPITALS = "A", "B"
 
 
@@ -174,7 +174,7 @@ def _save_study(folder: Path, seed: int, p: Phantom, quality: int) -> dict:  # t
     Image.fromarray(_mask_image(p)).save(folder / row["mask_file_name"], optimize=True)
     return row
 
-
+# %% ../../nbs/2_phantom/05_dataset.ipynb #a2a12725
 def write_study_set(
     folder: str | Path,  # earlier phantoms in it are replaced
     n_studies: int = 1200,  # how many

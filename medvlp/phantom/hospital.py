@@ -77,11 +77,11 @@ def _follow_up(rng: np.random.Generator, f: Finding) -> Finding | None:  # None 
     grade = GRADES[int(np.clip(GRADES.index(f.grade) + step, 0, 2))]
     return replace(f, grade=grade, extent=f.extent if grade == f.grade else extent)
 
-# %% ../../nbs/2_phantom/02_hospital.ipynb #514d01db
+# %% ../../nbs/2_phantom/02_hospital.ipynb #90dd3665
 _SICK = dict(A=0.10, B=0.26)  # fraction of the visits that are of sick patients
 _OTHER = dict(right="left", left="right")
 
-
+# %% ../../nbs/2_phantom/02_hospital.ipynb #f62ccca9
 def _draw_acute(
     rng: np.random.Generator,
     a: Anatomy,  # only its hospital counts
@@ -137,7 +137,7 @@ def _patient_of(index: int) -> int:
     block, visit = divmod(index, len(_VISITS))
     return 19 * block + int(_VISITS[visit])
 
-# %% ../../nbs/2_phantom/02_hospital.ipynb #43c9f261
+# %% ../../nbs/2_phantom/02_hospital.ipynb #e1b2b305
 class Numbers(NamedTuple):
     "What a study shows, before anything is drawn"
 
@@ -147,7 +147,7 @@ class Numbers(NamedTuple):
     findings: tuple  # of `Finding`
     prior: tuple | None  # findings of the patient's previous visit, None at the first
 
-
+# %% ../../nbs/2_phantom/02_hospital.ipynb #1d7724cd
 def draw_numbers(
     seed: int,  # of the whole study set
     index: int,  # the study's number
@@ -226,7 +226,7 @@ def _truth_boxes(c: Chest, f: Finding, weight: np.ndarray) -> list:
     halves = [weight * (c.x < 0), weight * (c.x > 0)] if f.side == "both" else [weight]
     return [_tight_box(w) for w in halves if w.any()]
 
-# %% ../../nbs/2_phantom/02_hospital.ipynb #d3ddecdd
+# %% ../../nbs/2_phantom/02_hospital.ipynb #ac1e9ce2
 @dataclass(frozen=True)
 class Phantom:
     "One drawn study"
@@ -241,7 +241,7 @@ class Phantom:
     boxes: tuple  # (name, [x0, y0, x1, y1]) in pixels of the image
     masks: dict  # name -> bool [H,W], the pixels that findings of this name change
 
-
+# %% ../../nbs/2_phantom/02_hospital.ipynb #1c7a0704
 def draw_study(
     seed: int,  # of the whole study set
     index: int,  # the study's number

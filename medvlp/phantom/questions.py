@@ -85,7 +85,7 @@ class _Topic:
     open: tuple  # phrasings that the value answers
     keep: float = 0.9  # how often it is asked about where it can be
 
-# %% ../../nbs/2_phantom/04_questions.ipynb #3622d83e
+# %% ../../nbs/2_phantom/04_questions.ipynb #eb73783b
 def _side_topic(name: str) -> _Topic:
     "The side of a finding"
     x = _noun(name)
@@ -107,7 +107,7 @@ def _zone_topic(name: str) -> _Topic:
         (f"In which zone is the {x}?", f"Where does the {x} lie: in the upper, mid or lower zone?"),
     )
 
-
+# %% ../../nbs/2_phantom/04_questions.ipynb #97e9d48d
 def _size_topic(name: str) -> _Topic:
     "The grade of a finding"
     x = _noun(name)

@@ -289,7 +289,7 @@ def _noun_phrase(
     article, noun = re.fullmatch(r"(an? |\*?)(.*)", " ".join(text.split())).groups()
     return article.replace("an ", "a "), _mark(f["name"], 1 if f["certain"] else -1, noun)
 
-# %% ../../nbs/2_phantom/03_reports.ipynb #2ff82836
+# %% ../../nbs/2_phantom/03_reports.ipynb #e6113280
 _STATE = dict(
     prose=(
         "There {be} {a}{x}.",
@@ -313,7 +313,7 @@ _HEDGE = dict(
     terse=("Query {x}.", "Possible {x}.", "Questionable {x}."),
 )
 
-
+# %% ../../nbs/2_phantom/03_reports.ipynb #688288ef
 def _sentence(
     frame: str,  # with places for {a}, {x}, {be}
     article: str,  # 'a ', '' or '*' for a plural
@@ -713,7 +713,7 @@ def _mistype(rng: np.random.Generator, word: str) -> str:
         return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
     return word[:i] + word[i + 1 :]
 
-# %% ../../nbs/2_phantom/03_reports.ipynb #0b8b0b6b
+# %% ../../nbs/2_phantom/03_reports.ipynb #13efb2f4
 def _capitalise(s: str) -> str:
     "A sentence with `an` before vowels and a capital at its start, after its heading and mark if it has them"
     s = re.sub(r"\b([Aa]) (?=(?:<[^>]*>)?[aeiouE])", r"\1n ", s)
@@ -736,7 +736,7 @@ def _mistype_some(rng: np.random.Generator, w: Writer, text: str) -> str:
     parts = re.split(r"(<\d+:-?\d>.*?</>)", text)
     return "".join(p if p.startswith("<") else re.sub(_HARMLESS, maybe, p) for p in parts)
 
-
+# %% ../../nbs/2_phantom/03_reports.ipynb #20b39738
 def _finish_text(rng: np.random.Generator, w: Writer, sentences: list) -> str:  # marked text
     "Sentences to text, in the writer's form, spelling and typing"
     text = _telegram(sentences) if w.form == "terse" else " ".join(map(_capitalise, sentences))
@@ -770,7 +770,7 @@ def _arrange(rng: np.random.Generator, w: Writer, sentences: list) -> list:
         out += part
     return out
 
-# %% ../../nbs/2_phantom/03_reports.ipynb #78b86035
+# %% ../../nbs/2_phantom/03_reports.ipynb #9828c925
 @dataclass(frozen=True)
 class Report:
     "The words of one study"
@@ -780,7 +780,7 @@ class Report:
     writer: str  # name of the `Writer`
     spans: tuple  # of dicts: label, value (1, 0, -1), section, start, end in characters of the section
 
-
+# %% ../../nbs/2_phantom/03_reports.ipynb #402934c7
 def write_report(
     rng: np.random.Generator,  # draws the writer and the words
     a: Anatomy,  # with its view and hospital

@@ -83,7 +83,7 @@ def _place(
     inner = 0.05 + (0.75 if f.side == "left" else 0.15) * a.width * a.ctr * np.clip((y - 0.45) / 0.15, 0, 1)
     return SIGN[f.side] * float(inner + f.u * (wall_at(a, f.side, y) - inner)), float(y)
 
-# %% ../../nbs/2_phantom/01_signs.ipynb #618ab719
+# %% ../../nbs/2_phantom/01_signs.ipynb #31e9de2d
 def big_ctr(f: Finding) -> float:
     "Heart width over cage width of a cardiomegaly"
     return _graded(f, 0.54, 0.58, 0.63, 0.69) - (0 if f.certain else 0.02)
@@ -106,7 +106,7 @@ def _inflate(a: Anatomy, f: Finding) -> Anatomy:
         vessels=a.vessels * (1 - 0.45 * s),
     )
 
-
+# %% ../../nbs/2_phantom/01_signs.ipynb #a2053131
 def _collapse(a: Anatomy, f: Finding) -> Anatomy:
     "Atelectasis: the dome of its side rises and the mediastinum moves over"
     rise, right = _strength(f) * _graded(f, 0.020, 0.040, 0.065, 0.10), f.side == "right"
@@ -199,7 +199,7 @@ def _atelectasis(c: Chest, f: Finding) -> tuple:
     fill = _strength(f) * _graded(f, 0.25, 0.35, 0.48, 0.62) * dense * inside
     return fill, 0.24 * _strength(f) * bands * inside
 
-# %% ../../nbs/2_phantom/01_signs.ipynb #5c0b7ecb
+# %% ../../nbs/2_phantom/01_signs.ipynb #9a978e1f
 def _septal_lines(a: Anatomy) -> list:  # strokes
     "Short horizontal lines that touch the chest wall low on both sides"
     strokes = []
@@ -211,7 +211,7 @@ def _septal_lines(a: Anatomy) -> list:  # strokes
             strokes.append(([(SIGN[side] * (wall - 0.005), y), inner], 0.0045, 1.0))
     return strokes
 
-
+# %% ../../nbs/2_phantom/01_signs.ipynb #15fa657a
 def _oedema(c: Chest, f: Finding) -> tuple:
     "Haze about both lung roots, cephalised vessels, septal lines"
     a, size, s = c.anatomy, len(c.x), _strength(f) * _graded(f, 0.40, 0.52, 0.66, 0.84)
@@ -323,7 +323,7 @@ def _hernia(c: Chest, f: Finding) -> tuple:
     gas = chord(inner, 0.6 * r) * (soft(cy - 0.05 * r - c.y, 0.002) if a.view == "PA" else 0.7)
     return 0, _strength(f) * (0.20 * chord(sac, 0.5 * r) - 0.50 * gas)
 
-# %% ../../nbs/2_phantom/01_signs.ipynb #7f7cbfa4
+# %% ../../nbs/2_phantom/01_signs.ipynb #03fc6688
 def _pacemaker_leads(f: Finding, px: float, py: float, shift: float, foot: float) -> list:  # of paths
     "The one or two leads of a pacemaker whose case is at (px, py)"
     s = SIGN[f.side]
@@ -344,7 +344,7 @@ def _pacemaker_leads(f: Finding, px: float, py: float, shift: float, foot: float
     atrium = [(-0.060 + shift, foot - 0.19), (-0.075 + shift, foot - 0.155), (-0.065 + shift, foot - 0.185)]
     return [vein + ventricle] + ([vein + atrium] if f.grade == "dual" else [])
 
-
+# %% ../../nbs/2_phantom/01_signs.ipynb #cb17d680
 def _pacemaker(c: Chest, f: Finding) -> tuple:
     "A case under the skin of the upper chest, with one or two leads into the heart"
     a, px, py = c.anatomy, SIGN[f.side] * (0.21 + 0.04 * f.u), 0.20 + 0.05 * f.v
