@@ -133,7 +133,7 @@ def method_settings(
     settings = merge(base, dict(method=chain[-1]), *sections)
     return {key: value for key, value in settings.items() if key != "extends"}
 
-# %% ../../nbs/0_project/04_plan.ipynb #0a59f7c9
+# %% ../../nbs/0_project/04_plan.ipynb #c4e62abe
 def _build(options, where):
     "Build a method on the meta device; a `ConfigError` says what does not fit"
     import torch
@@ -161,17 +161,16 @@ def _check_methods(problems, experiment, file):
         options = settings and problems.catch(validate, kind, settings, where)
         if options is None:
             continue
-        modules = _modules("medvlp.methods")
-        if not problems.check_names([options.method], modules, f"{where}.method", "method"):
+        if not problems.check_names([options.method], _modules("medvlp.methods"), f"{where}.method", "method"):
             continue
-        find = importlib.import_module("medvlp.methods.base").find_method
-        own = problems.catch(validate, find(options.method).Options, options.options, f"{where}.options")
+        kind_of_method = importlib.import_module("medvlp.methods.base").find_method(options.method)
+        own = problems.catch(validate, kind_of_method.Options, options.options, f"{where}.options")
         if own is not None:
             methods[name] = options.model_copy(update=dict(options=own.model_dump()))
             problems.catch(_build, methods[name], where)
     return methods
 
-# %% ../../nbs/0_project/04_plan.ipynb #83c4d390
+# %% ../../nbs/0_project/04_plan.ipynb #66d1cba3
 class _Task(Options):
     "A task of an experiment"
 
@@ -185,9 +184,8 @@ def _check_tasks(problems, experiment, file):
     tasks, known = {}, _tasks()
     for task in known:
         if task not in experiment.tasks:
-            problems.append(
-                f"{file}: tasks.{task}: is missing: to leave it out write {task}: {{data: [], methods: []}}"
-            )
+            left_out = f"{task}: {{data: [], methods: []}}"
+            problems.append(f"{file}: tasks.{task}: is missing: to leave the task out write {left_out}")
     for task, values in experiment.tasks.items():
         where = f"{file}: tasks.{task}"
         if not problems.check_names([task], known, f"{file}: tasks", "task"):
@@ -356,7 +354,7 @@ def _reading(options):
     "How a method's reports were read while it was trained"
     return dict(sections=options.sections, max_tokens=options.max_tokens)
 
-# %% ../../nbs/0_project/04_plan.ipynb #bfefc2d0
+# %% ../../nbs/0_project/04_plan.ipynb #e91d1e56
 def _summary_stages(resolved):
     "Figures and the scoreboard, once per experiment"
     name, data = resolved.experiment.experiment, resolved.experiment.figures["data"]
@@ -370,10 +368,9 @@ def _summary_stages(resolved):
     outputs = dict(figures=f"reports/{name}/figures")
     yield _stage(resolved, "figures", "", resolved.figures, modules, outputs, data=data, inputs=inputs)
     titles = {name: options.title or name for name, options in resolved.sets.items()}
-    inputs = dict(titles=titles, results=f"results/{name}", methods=resolved.experiment.runs.methods)
-    yield _stage(
-        resolved, "scoreboard", "", resolved.scoreboard, inputs=inputs, outputs=dict(results=f"results/{name}")
-    )
+    rows = resolved.experiment.runs.model_dump()
+    inputs, outputs = dict(results="results", titles=titles) | rows, dict(scoreboard=f"results/{name}.md")
+    yield _stage(resolved, "scoreboard", "", resolved.scoreboard, (), outputs, inputs=inputs)
 
 # %% ../../nbs/0_project/04_plan.ipynb #2fbe5f63
 def main(

@@ -33,7 +33,7 @@ def enter_project() -> Path:  # the project folder
     os.chdir(root)
     return root
 
-# %% ../../nbs/0_project/02_stage.ipynb #bb73601d
+# %% ../../nbs/0_project/02_stage.ipynb #5f1ec0d2
 class Stage(Options):
     "One stage of the pipeline for one run, with every option resolved"
 
@@ -57,7 +57,7 @@ class Stage(Options):
     @property
     def facts(self) -> dict:
         "What result files say about where a number comes from"
-        return dict(experiment=self.experiment, task=self.stage, data=self.data, method=self.method, seed=self.seed)
+        return dict(experiment=self.experiment, data=self.data, method=self.method, seed=self.seed)
 
     def table(self, kind: type[Options]) -> "pd.DataFrame":
         "The options in use, with their descriptions"
