@@ -39,50 +39,42 @@ def prepare(source, output):
     prepare_set(DataOptions(folder=str(source), image_size=40), output)
 
 
+RESNET = dict(name="resnet10t", image_size=32)
+VIT = dict(
+    name="vit_tiny_patch16_224",
+    image_size=32,
+    options=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2),
+)
+PVT = dict(
+    name="pvt_v2_b0",
+    image_size=32,
+    patch_stride=16,
+    prune=True,
+    adapatch=[2, 3],
+    options=dict(depths=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32], num_heads=[1, 1, 1, 1]),
+)
+BERT = dict(options=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
+MPMA = dict(rows=16, heads=2, slots=4, decoder_dim=32, decoder_heads=2, decoder_layers=1)
+
+
 def train(folder, run, method="convirt", seed=0):
     "Pre-train into FOLDER/RUN; call again to resume"
     from transformers import set_seed
     from medvlp.data.prepare import load_studies
     from medvlp.data.tokens import build_tokenizer
     from medvlp.methods.base import build_method
-    from medvlp.training.pretrain import pretrain
+    from medvlp.project.config import ComputeOptions
+    from medvlp.training.pretrain import PretrainOptions, pretrain
 
     torch.set_num_threads(1)
     folder = Path(folder)
     studies = {s: load_studies(folder / "prepared", s, paired=True) for s in ("train", "val")}
     tokenizer = build_tokenizer(studies["train"], ["findings"], 100)
-    image, options = dict(name="resnet10t", image_size=32), {}
-    if method == "mpma":
-        image, options = (
-            dict(name="vit_tiny_patch16_224", image_size=32, options=dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)),
-            dict(rows=16, heads=2, slots=4, decoder_dim=32, decoder_heads=2, decoder_layers=1),
-        )
-    if method == "adamatch":
-        image = dict(
-            name="pvt_v2_b0",
-            image_size=32,
-            patch_stride=16,
-            prune=True,
-            adapatch=[2, 3],
-            options=dict(depths=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32], num_heads=[1, 1, 1, 1]),
-        )
+    image = dict(mpma=VIT, adamatch=PVT).get(method, RESNET)
     set_seed(seed)
-    model = build_method(
-        method,
-        image,
-        dict(options=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)),
-        len(tokenizer),
-        dim=16,
-        **options,
-    )
-    pretrain(
-        model,
-        tokenizer,
-        studies,
-        folder / run / "model",
-        folder / run / "curves",
-        folder / run / "checkpoints",
-        seed=seed,
+    model = build_method(method, image, BERT, len(tokenizer), dim=16, **dict(mpma=MPMA).get(method, {}))
+    options = PretrainOptions(
+        method=method,
         epochs=10,
         batch_size=8,
         sections=["findings"],
@@ -92,8 +84,17 @@ def train(folder, run, method="convirt", seed=0):
         checkpoint_steps=3,
         log_steps=1,
         optimizer="lamb" if method == "adamatch" else "adamw",
-        device="cpu",
-        precision="fp32",
+    )
+    pretrain(
+        model,
+        tokenizer,
+        studies,
+        options,
+        seed=seed,
+        compute=ComputeOptions(device="cpu", precision="fp32"),
+        output=folder / run / "model",
+        curves=folder / run / "curves",
+        checkpoints=folder / run / "checkpoints",
     )
 
 
