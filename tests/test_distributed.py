@@ -79,7 +79,7 @@ class Regional(Tokens):
 
 
 class Grouped(Tokens):
-    "Every study by itself, but for the thresholds, which all processes share"
+    "Every study by itself, except for the thresholds, which are common to all processes"
 
     def __init__(self):
         super().__init__()
@@ -104,7 +104,7 @@ class Aligned(Tokens):
 
 
 class Matched(Tokens):
-    "Patches and words that choose each other, over all images and reports"
+    "Patches and words that choose each other, in every image with every report"
 
     def __init__(self):
         super().__init__()
@@ -115,11 +115,14 @@ class Matched(Tokens):
 
 
 class Whole(nn.Module):
-    "A whole method: encoders, saliency, heads and all terms. Batch norms go by their running statistics: to share those of a batch takes GPUs"
+    "A whole method: encoders, saliency, heads and all terms; batch norms in evaluation mode, as syncing them needs GPUs"
 
-    options, image = (
-        {},
-        dict(name="vit_tiny_patch16_224", image_size=32, saliency=True, options=dict(embed_dim=32, num_heads=2, depth=1)),
+    options = {}
+    image = dict(
+        name="vit_tiny_patch16_224",
+        image_size=32,
+        saliency=True,
+        options=dict(embed_dim=32, num_heads=2, depth=1),
     )
 
     def __init__(self):
@@ -129,7 +132,7 @@ class Whole(nn.Module):
         dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         text = dict(saliency=True, options=sizes | dropout)
         self.method = build_method(type(self).__name__.lower(), self.image, text, vocab_size=50, dim=8, **self.options)
-        self.method.epoch = 1.0  # prototypes move from here on
+        self.method.epoch = 1.0  # prototypes are trained from here on
 
     def train(self, mode=True):
         super().train(mode)
@@ -169,7 +172,7 @@ class Aga(Whole):
 
 
 class Mpma(Whole):
-    "Studies keep their masks, whichever process has them; the processes have unequal numbers of hidden pieces"
+    "Studies keep their masks, whichever process has them; the processes have unequal numbers of masked tokens"
 
     options = dict(rows=5, heads=2, slots=3, decoder_dim=16, decoder_heads=2, decoder_layers=1)
 
@@ -256,7 +259,7 @@ def test_two_processes_equal_one(processes, loss):
             torch.testing.assert_close(torch.tensor(b, dtype=torch.float64), own, atol=1e-12, rtol=0, check_dtype=False)
 
 
-def test_scores_shared_out_are_those_of_region_word():
+def test_gathered_scores_give_the_loss_of_region_word():
     alone = Regional().double()
     patches, words, mask = alone.batch()
     patches, words = alone.heads[0](patches), alone.heads[1](words)
@@ -265,7 +268,7 @@ def test_scores_shared_out_are_those_of_region_word():
     )
 
 
-def test_a_gate_sees_the_studies_of_all_processes(processes):
+def test_a_gate_averages_over_all_processes(processes):
     "The threshold is not what one process's own studies would give"
     alone = Grouped().double()
     patches, words, mask = (x[:4] for x in alone.batch())
@@ -273,7 +276,7 @@ def test_a_gate_sees_the_studies_of_all_processes(processes):
     assert abs(alone.gates[0].sigma.item() - processes[0]["Grouped"][2][0]) > 1e-3
 
 
-def test_codes_of_two_processes_with_unequal_shares(processes):
+def test_codes_of_two_processes_with_unequal_numbers_of_studies(processes):
     codes = torch.tensor(processes[0]["codes"] + processes[1]["codes"], dtype=torch.float64)
     torch.testing.assert_close(codes, sinkhorn(scores()), atol=1e-12, rtol=0)
     assert not torch.allclose(codes[:5], sinkhorn(scores()[:5]), atol=1e-3)

@@ -13,7 +13,7 @@ from ..losses.ops import mask_padding
 
 # %% ../../nbs/5_fusion/00_memory.ipynb #c746b629
 def key_padding_mask(
-    mask: Tensor,  # [B,T] bool, True where a real token stands
+    mask: Tensor,  # [B,T] bool, True for real tokens
 ) -> Tensor:  # [B,T] bool, True where attention ignores the key; never all of a row
     "The key padding mask of torch's attention"
     return ~(mask | ~mask.any(1, keepdim=True))
@@ -24,7 +24,7 @@ def cross_attend(
     queries: Tensor,  # [B,T,D]
     others: Tensor,  # [B,S,D] tokens of the other modality; 0 on padding
     memory: Tensor | None = None,  # [M,D] slots that follow them, the same for all studies
-    mask: Tensor | None = None,  # [B,S] bool, True where a real token of the other modality stands; None: all are real
+    mask: Tensor | None = None,  # [B,S] bool, True for real tokens of the other modality; None: all are real
 ) -> Tensor:  # [B,T,D]
     "Cross-attention to the tokens of the other modality and to the memory (MPMA Eq. 2)"
     if memory is not None:
@@ -63,7 +63,7 @@ class Fusion(nn.Module):
         self,
         patches: Tensor,  # [B,N,D]
         words: Tensor,  # [B,L,D]
-        mask: Tensor,  # [B,L] bool, True where a real word stands
+        mask: Tensor,  # [B,L] bool, True for real words
     ) -> tuple[Tensor, Tensor]:  # tokens [B,T,D], 0 on padding; mask [B,T] bool; T = L for gap and gmp, else N + L
         _check_tokens(patches, words, mask)
         if self.kind in ("gap", "gmp"):

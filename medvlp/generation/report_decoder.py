@@ -65,7 +65,7 @@ class ReportDecoder(nn.Module):
     def forward(
         self,
         embedded: Tensor,  # [B,T,D] of `embed`
-        mask: Tensor,  # [B,T] bool, True where a token of the report stands
+        mask: Tensor,  # [B,T] bool, True for tokens of the report
         tokens: Tensor,  # [B,S,D] of the fusion
         real: Tensor,  # [B,S] bool, True where a fused token is not padding
     ) -> Tensor:  # [B,T,V] logits

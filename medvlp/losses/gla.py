@@ -25,7 +25,7 @@ from .pairwise import context_lengths
 def row_vectors(
     tokens: Tensor,  # [B,T,d] rows of images, or words
     rows: int,  # M; further tokens are left out
-    mask: Tensor | None = None,  # [B,T] bool, True where a real word stands; None: rows of images
+    mask: Tensor | None = None,  # [B,T] bool, True for real words; None: rows of images
 ) -> Tensor:  # [B,M*d], float32 or float64; 0 for a report without words
     "Studies as long vectors; the inner product of an image's with a report's is their mean cosine (MPMA Eq. 6)"
     x = F.normalize(at_least_float32(mask_padding(tokens, mask)), dim=-1)[:, :rows]
@@ -37,7 +37,7 @@ def row_vectors(
 def row_scores(
     rows: Tensor,  # [A,M,d] of A images
     words: Tensor,  # [B,L,d] of B reports
-    mask: Tensor,  # [B,L] bool, True where a real word stands
+    mask: Tensor,  # [B,L] bool, True for real words
 ) -> Tensor:  # [A,B] in -1..1, float32 or float64; -inf for a report without words
     "Mean of the rows' cosines, of every image with every report (MPMA Eq. 6)"
     check_pairs(rows, words, mask)
@@ -49,7 +49,7 @@ def row_scores(
 def global_alignment(
     rows: Tensor,  # [B,M,d] of this process's images; B the same on all
     words: Tensor,  # [B,L,d] of their reports
-    mask: Tensor,  # [B,L] bool, True where a real word stands
+    mask: Tensor,  # [B,L] bool, True for real words
     *,
     temperature: float | Tensor = 0.07,  # divides the mean cosines, > 0
 ) -> Tensor:  # scalar
@@ -77,7 +77,7 @@ def _local_block(
 def local_scores(
     patches: Tensor,  # [A,N,d] of A images
     words: Tensor,  # [B,L,d] of B reports
-    mask: Tensor,  # [B,L] bool, True where a real word stands
+    mask: Tensor,  # [B,L] bool, True for real words
     *,
     word_temperature: float = 0.1,  # tau 2, divides a word's cosines with the patches, > 0
     sum_temperature: float = 0.1,  # tau 3, divides the cosines of words and regions, > 0
@@ -93,7 +93,7 @@ def local_scores(
 def local_alignment(
     patches: Tensor,  # [B,N,d] of this process's images; B and N the same on all
     words: Tensor,  # [B,L,d] of their reports
-    mask: Tensor,  # [B,L] bool, True where a real word stands
+    mask: Tensor,  # [B,L] bool, True for real words
     *,
     batch_temperature: float | Tensor = 1.0,  # divides the scores, > 0
     **options,  # of `local_scores`

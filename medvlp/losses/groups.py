@@ -15,7 +15,7 @@ from .tokenwise import token_alignment
 # %% ../../nbs/4_losses/05_groups.ipynb #bcb01a7c
 def _min_max(
     similarity: Tensor,  # [B,T,S] of T tokens with S tokens of the other modality
-    mask: Tensor | None = None,  # [B,S] bool, True where a real token of the other modality stands; None: all are real
+    mask: Tensor | None = None,  # [B,S] bool, True for real tokens of the other modality; None: all are real
 ) -> Tensor:  # [B,T,S] in 0..1, float32 or float64; 1 where a row is constant, 0 on padding
     "Each row rescaled to 0..1 over its real entries (AGA Eq. 1)"
     s = at_least_float32(similarity)
@@ -45,7 +45,7 @@ def _check_groups(
 def group(
     similarity: Tensor,  # [B,T,S] of T tokens with S tokens of the other modality, not normalised
     threshold: float | Tensor,  # sigma, 0..1, or one per study as [B,1,1]
-    mask: Tensor | None = None,  # [B,S] bool, True where a real token of the other modality stands; None: all are real
+    mask: Tensor | None = None,  # [B,S] bool, True for real tokens of the other modality; None: all are real
 ) -> Tensor:  # [B,T,S] weights, rows sum to 1, or to 0 where no token of the other modality is real
     "The weight of each token of the other modality in each token's group (AGA Eq. 1-3; SPARC)"
     _check_groups(similarity, threshold, mask)
@@ -77,7 +77,7 @@ class ThresholdGate(nn.Module):
     def forward(
         self,
         similarity: Tensor,  # [B,T,S] of this process's studies
-        rows: Tensor | None = None,  # [B,T] bool, True where a real token stands; None: all are real
+        rows: Tensor | None = None,  # [B,T] bool, True for real tokens; None: all are real
         mask: Tensor | None = None,  # [B,S] bool, the same for the other modality
     ) -> Tensor:  # scalar, the threshold; in training updated by this batch
         if rows is None:
@@ -121,7 +121,7 @@ def group_alignment(
     words: Tensor,  # [B,L,d]
     patch_groups: Tensor,  # [B,N,d] PGL embeddings: the words of each patch
     word_groups: Tensor,  # [B,L,d] TGV embeddings: the patches of each word
-    mask: Tensor,  # [B,L] bool, True where a real word stands
+    mask: Tensor,  # [B,L] bool, True for real words
     *,
     temperature: float | Tensor,  # divides the cosines, > 0
 ) -> Tensor:  # scalar, the mean over the batch

@@ -72,7 +72,7 @@ class _PatchWordScores(torch.autograd.Function):
 def patch_word_scores(
     patches: Tensor,  # [A,N,d] of A images; at most 32,767 patches
     words: Tensor,  # [B,L,d] of B reports; at most 32,767 words
-    mask: Tensor,  # [B,L] bool, True where a real word stands
+    mask: Tensor,  # [B,L] bool, True for real words
     *,
     reports: int | None = None,  # per block; None: as many as `BLOCK` cosines allow
 ) -> Tensor:  # [A,B,2], float32 or float64: s^I and s^T; -inf for a report without words
@@ -100,7 +100,7 @@ def patch_word_losses(
 def patch_word(
     patches: Tensor,  # [B,N,d] of B images
     words: Tensor,  # [B,L,d] of their reports
-    mask: Tensor,  # [B,L] bool, True where a real word stands
+    mask: Tensor,  # [B,L] bool, True for real words
     *,
     temperature: float | Tensor = 0.07,  # tau, divides the scores, > 0
     reports: int | None = None,  # per block; None: as many as `BLOCK` cosines allow

@@ -22,7 +22,7 @@ def at_least_float32(
 # %% ../../nbs/4_losses/00_ops.ipynb #aaf32479
 def mask_padding(
     tokens: Tensor,  # [B,T,d]
-    mask: Tensor | None,  # [B,T] bool, True where a real token stands; None: all are real
+    mask: Tensor | None,  # [B,T] bool, True for real tokens; None: all are real
 ) -> Tensor:  # [B,T,d]
     "The tokens, with 0 in place of padding"
     return tokens if mask is None else tokens.masked_fill(~mask[..., None], 0)
@@ -30,7 +30,7 @@ def mask_padding(
 # %% ../../nbs/4_losses/00_ops.ipynb #6bf36ab3
 def masked_softmax(
     logits: Tensor,  # [...,B,T,S]
-    mask: Tensor | None,  # [B,S] bool, True where a real token stands; None: all are real
+    mask: Tensor | None,  # [B,S] bool, True for real tokens; None: all are real
 ) -> Tensor:  # [...,B,T,S], rows sum to 1, or to 0 where no token is real
     "Softmax over the real tokens; 0 on padding"
     if mask is None:
@@ -41,7 +41,7 @@ def masked_softmax(
 # %% ../../nbs/4_losses/00_ops.ipynb #7d41ab37
 def masked_logsumexp(
     x: Tensor,  # [...,B,L] scores of words
-    mask: Tensor,  # [B,L] bool, True where a real word stands
+    mask: Tensor,  # [B,L] bool, True for real words
     agg: str = "sum",  # of the exponentials: sum, or mean, which does not favour longer reports
 ) -> Tensor:  # [...,B]; -inf for a report without words
     "Soft maximum over the real words of each report"
@@ -148,7 +148,7 @@ def blockwise(
     score,  # (patches [A,N,d], words [b,L,d], mask [b,L]) -> [A,b]
     patches: Tensor,  # [A,N,d] of A images
     words: Tensor,  # [B,L,d] of B reports
-    mask: Tensor,  # [B,L] bool, True where a real word stands
+    mask: Tensor,  # [B,L] bool, True for real words
     reports: int | None = None,  # per block; None: as many as `BLOCK` allows
 ) -> Tensor:  # [A,B], float32 or float64
     "Scores of all reports with all images, a block of reports at a time; backward computes each block again"
@@ -165,7 +165,7 @@ def gathered_scores(
     score,  # (patches [A,N,d], words [B,L,d], mask [B,L], **options) -> [A,B,...]
     patches: Tensor,  # [B,N,d] of this process's images; B and N the same on all
     words: Tensor,  # [B,L,d] of this process's reports; L may differ
-    mask: Tensor,  # [B,L] bool, True where a real word stands
+    mask: Tensor,  # [B,L] bool, True for real words
     **options,  # of `score`
 ) -> Tensor:  # [W*B,W*B,...]
     "Scores of all processes' images and reports; each process scores its own reports"

@@ -14,7 +14,7 @@ from .ops import blockwise, both_ways, check_pairs, masked_logsumexp, masked_sof
 # %% ../../nbs/4_losses/04_pairwise.ipynb #aff72174
 def region_attention(
     similarity: Tensor,  # [...,B,N,L] inner products of patches with the words of B reports
-    mask: Tensor,  # [B,L] bool, True where a real word stands
+    mask: Tensor,  # [B,L] bool, True for real words
     *,
     word_temperature: float = 0.25,  # tau 1, divides the regions' choice; smaller: sharper; > 0
 ) -> tuple[Tensor, Tensor]:  # attention a [...,B,L,N] and choice b [...,B,N,L]; rows of both sum to 1
@@ -52,7 +52,7 @@ def _score_block(
 def region_word_scores(
     patches: Tensor,  # [A,N,d] of A images
     words: Tensor,  # [B,L,d] of B reports
-    mask: Tensor,  # [B,L] bool, True where a real word stands
+    mask: Tensor,  # [B,L] bool, True for real words
     *,
     word_temperature: float = 0.25,  # tau 1, of `region_attention`, > 0
     sum_temperature: float = 0.2,  # tau 2, divides the cosines, > 0
@@ -68,7 +68,7 @@ def region_word_scores(
 def region_word(
     patches: Tensor,  # [B,N,d] of B images
     words: Tensor,  # [B,L,d] of their reports
-    mask: Tensor,  # [B,L] bool, True where a real word stands
+    mask: Tensor,  # [B,L] bool, True for real words
     *,
     word_temperature: float = 0.25,  # tau 1, of `region_attention`, > 0
     sum_temperature: float = 0.2,  # tau 2, divides the cosines, > 0

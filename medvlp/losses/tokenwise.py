@@ -14,7 +14,7 @@ from .ops import at_least_float32, mask_padding, masked_softmax, similarity
 # %% ../../nbs/4_losses/02_tokenwise.ipynb #3837c034
 def _token_weights(
     weights: Tensor,  # [B,T], at least 0
-    mask: Tensor,  # [B,T] bool, True where a real token stands
+    mask: Tensor,  # [B,T] bool, True for real tokens
 ) -> Tensor:  # [B,T], rows sum to 1, or to 0 where no token is real
     "Weights over the real tokens of each study, without gradient"
     w = weights.detach().masked_fill(~mask, 0)
@@ -43,7 +43,7 @@ def _check_tokens(
 def token_alignment(
     queries: Tensor,  # [B,T,d] tokens
     contexts: Tensor,  # [B,T,d] what each token found in the other modality
-    mask: Tensor | None = None,  # [B,T] bool, True where a real token stands; None: all are real
+    mask: Tensor | None = None,  # [B,T] bool, True for real tokens; None: all are real
     *,
     weights: Tensor | None = None,  # [B,T] how much each token counts; None: all the same
     temperature: float | Tensor,  # divides the cosines, > 0
@@ -94,7 +94,7 @@ class CrossAttention(nn.Module):
         self,
         queries: Tensor,  # [B,T,d]
         others: Tensor,  # [B,S,d] tokens of the other modality
-        mask: Tensor | None = None,  # [B,S] bool, True where a real token of the other modality stands
+        mask: Tensor | None = None,  # [B,S] bool, True for real tokens of the other modality
     ) -> tuple[Tensor, Tensor]:  # contexts [B,T,d]; attention [B,T,S], rows sum to 1
         r, z = F.normalize(queries, dim=-1), F.normalize(mask_padding(others, mask), dim=-1)
         attention = masked_softmax(self.Q(r) @ self.K(z).mT / self.scale, mask)
@@ -103,7 +103,7 @@ class CrossAttention(nn.Module):
 # %% ../../nbs/4_losses/02_tokenwise.ipynb #17f5bb5b
 def _clip_weights(
     weights: Tensor,  # [B,T]
-    mask: Tensor,  # [B,T] bool, True where a real token stands
+    mask: Tensor,  # [B,T] bool, True for real tokens
     low: float = 0.1,  # quantile
     high: float = 0.9,  # quantile
 ) -> Tensor:  # [B,T], 0 on padding
@@ -116,7 +116,7 @@ def _clip_weights(
 def cross_token_alignment(
     patches: Tensor,  # [B,N,d]
     words: Tensor,  # [B,L,d]
-    mask: Tensor,  # [B,L] bool, True where a real word stands
+    mask: Tensor,  # [B,L] bool, True for real words
     *,
     words_to_patches: CrossAttention,  # words attend to patches
     patches_to_words: CrossAttention,  # patches attend to words

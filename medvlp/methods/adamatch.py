@@ -123,5 +123,5 @@ def similarity(
 def token_maps(self: Adamatch, image, text):
     "A softmax of the cosines over the patches for each word, over the words for each patch; the peaks are the matches"
     patches, words = self.tokens(image, text)
-    s = at_least_float32(cosines(words, patches)) / self.temperature
+    s = at_least_float32(at_least_float32(similarity(words, patches))) / self.temperature
     return s.softmax(-1).masked_fill(~text.mask[..., None], 0), masked_softmax(s.mT, text.mask)

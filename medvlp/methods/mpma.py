@@ -262,7 +262,7 @@ def similarity(
 def token_maps(self: Mpma, image, text):
     "The local term's choice of patches for each word; the same cosines read the other way for each patch"
     patches, words = self.tokens(image, text)
-    s = at_least_float32(cosines(words, patches)) / self.options.word_temperature
+    s = at_least_float32(at_least_float32(similarity(words, patches))) / self.options.word_temperature
     return s.softmax(-1).masked_fill(~text.mask[..., None], 0), masked_softmax(s.mT, text.mask)
 
 # %% ../../nbs/7_methods/06_mpma.ipynb #8a05c4c3
