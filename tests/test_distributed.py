@@ -97,7 +97,7 @@ class Grouped(Tokens):
 
 
 class Aligned(Tokens):
-    "Rows and words, patches and words, of every image with every report: each process finds the loss of the whole batch"
+    "Every image with every report, by rows and by words: each process finds the loss of the whole batch"
 
     def loss(self, patches, words, mask):
         return global_alignment(patches[:, :5], words, mask, temperature=0.2) + local_alignment(patches, words, mask)
@@ -115,7 +115,7 @@ class Matched(Tokens):
 
 
 class Whole(nn.Module):
-    "A whole method: encoders, saliency, heads and all terms; batch norms in evaluation mode, as syncing them needs GPUs"
+    "A whole method: encoders, saliency, heads and all terms; batch norms evaluate, as syncing them needs GPUs"
 
     options = {}
     image = dict(
