@@ -199,7 +199,6 @@ def test_saved_models_predict_the_same_elsewhere(whole, tmp_path):
     here = {kind: predictions(kind, model, files) for kind, model in whole.items()}
     assert np.allclose(found.pop("classifier"), here.pop("classifier"), atol=1e-6)
     assert found == here
-    assert found["answer"] == ["dark", "bright"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
