@@ -196,7 +196,7 @@ def reconstructions(
     out = {k: v.cpu() for k, v in out.items()}
     pairs = [
         _predicted_words(tokenizer, text, *x, max_tokens)
-        for text, *x in zip(texts, batch["word_ids"], out["labels"], out["guesses"])
+        for text, *x in zip(texts, batch["word_ids"], out["labels"], out["predictions"])
     ]
     return dict(
         images=images[:, 0].numpy(),

@@ -60,7 +60,7 @@ def _compare(model, own, other_images):
     def error(x):
         return ((x - truth).square() * masked).sum((1, 2)) / masked.expand_as(truth).sum((1, 2))
 
-    right, right_other = ((gap & (x["guesses"] == made["labels"])).sum(1) for x in (made, wrong))
+    right, right_other = ((gap & (x["predictions"] == made["labels"])).sum(1) for x in (made, wrong))
     return dict(masked=gap.sum(1), right=right, right_other=right_other, error=error(made["pixels"]), flat=error(flat))
 
 # %% ../../nbs/9_tasks/05_reconstruction.ipynb #181e4413
