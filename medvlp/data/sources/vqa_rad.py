@@ -38,19 +38,7 @@ def _read_questions(path: Path) -> list[dict]:
             raise StudyError(f"{path}, question {i + 1}: no {', '.join(sorted(missing))}")
     return rows
 
-# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #73aaca4c
-def vqa_rad(
-    folder: str | Path,  # contains trainset.json, testset.json and images/
-) -> pd.DataFrame:  # canonical columns, then image_organ; each question also has `split`
-    "Read VQA-RAD in the field's usual layout"
-    folder = Path(folder)
-    by_image = {}
-    for split in ("train", "test"):
-        for row in _read_questions(folder / f"{split}set.json"):
-            by_image.setdefault(row["image_name"], []).append(_question(row, split))
-    return pd.DataFrame([_study(folder, image, questions) for image, questions in by_image.items()])
-
-
+# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #003a1243
 def _study(folder, image, questions):
     "One image with its questions in the canonical columns"
     organ = questions[0]["organ"]
@@ -68,3 +56,15 @@ def _study(folder, image, questions):
         questions=questions,
         image_organ=organ,
     )
+
+# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #0b8914f8
+def vqa_rad(
+    folder: str | Path,  # contains trainset.json, testset.json and images/
+) -> pd.DataFrame:  # canonical columns, then image_organ; each question also has `split`
+    "Read VQA-RAD in the field's usual layout"
+    folder = Path(folder)
+    by_image = {}
+    for split in ("train", "test"):
+        for row in _read_questions(folder / f"{split}set.json"):
+            by_image.setdefault(row["image_name"], []).append(_question(row, split))
+    return pd.DataFrame([_study(folder, image, questions) for image, questions in by_image.items()])
