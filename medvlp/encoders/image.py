@@ -85,9 +85,9 @@ def _end_at(net, stage):
     net.prune_intermediate_layers([stage])
     net.reset_classifier(0, "avg")
 
-# %% ../../nbs/3_encoders/01_image.ipynb #019d9546
+# %% ../../nbs/3_encoders/01_image.ipynb #817f6375
 class ImageEncoder(nn.Module):
-    "A timm network that returns `ImageFeatures`; `dim` is the width of its image vector, `patch_dim` that of its patches"
+    "A timm network that returns `ImageFeatures`; `dim` is the width of its image vector, `patch_dim` of its patches"
 
     def __init__(
         self,
