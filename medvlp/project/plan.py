@@ -133,7 +133,7 @@ def method_settings(
     settings = merge(base, dict(method=chain[-1]), *sections)
     return {key: value for key, value in settings.items() if key != "extends"}
 
-# %% ../../nbs/0_project/04_plan.ipynb #c4e62abe
+# %% ../../nbs/0_project/04_plan.ipynb #41c3ecea
 def _build(options, where):
     "Build a method on the meta device; a `ConfigError` says what does not fit"
     import torch
@@ -153,22 +153,33 @@ def _build(options, where):
 
 def _check_methods(problems, experiment, file):
     "{name: PretrainOptions}"
-    kind = options_class("medvlp.training.pretrain:PretrainOptions")
-    methods = {}
+    kind, methods, common = options_class("medvlp.training.pretrain:PretrainOptions"), {}, _Problems()
+    settings = {key: value for key, value in experiment.pretrain.items() if key != "data"}
+    common.catch(validate, kind, settings, f"{file}: pretrain")
+    problems += common
+    repeated = {problem.removeprefix(f"{file}: pretrain") for problem in common}
     for name in dict.fromkeys(experiment.runs.methods):
-        settings = problems.catch(method_settings, name, experiment, file)
-        where = f"{file}: methods.{name}" if name in experiment.methods else f"{file}: pretrain"
-        options = settings and problems.catch(validate, kind, settings, where)
-        if options is None:
-            continue
-        if not problems.check_names([options.method], _modules("medvlp.methods"), f"{where}.method", "method"):
-            continue
-        kind_of_method = importlib.import_module("medvlp.methods.base").find_method(options.method)
-        own = problems.catch(validate, kind_of_method.Options, options.options, f"{where}.options")
-        if own is not None:
-            methods[name] = options.model_copy(update=dict(options=own.model_dump()))
-            problems.catch(_build, methods[name], where)
+        where, own = f"{file}: methods.{name}", _Problems()
+        options = own.catch(_check_method, kind, name, experiment, file, where)
+        problems += [problem for problem in own if problem.removeprefix(where) not in repeated]
+        if options is not None:
+            methods[name] = options
     return methods
+
+
+def _check_method(kind, name, experiment, file, where):
+    "A method's PretrainOptions with its own options filled in"
+    settings, own = method_settings(name, experiment, file), _Problems()
+    if not own.check_names([settings["method"]], _modules("medvlp.methods"), f"{where}.method", "method"):
+        raise ConfigError(*own)
+    options = own.catch(validate, kind, settings, where)
+    method = importlib.import_module("medvlp.methods.base").find_method(settings["method"])
+    values = own.catch(validate, method.Options, settings.get("options"), f"{where}.options")
+    if own:
+        raise ConfigError(*own)
+    options = options.model_copy(update=dict(options=values.model_dump()))
+    _build(options, where)
+    return options
 
 # %% ../../nbs/0_project/04_plan.ipynb #66d1cba3
 class _Task(Options):
@@ -241,7 +252,7 @@ def _check_prepared(problems, name, options, needs, file):
         labels = list(dict.fromkeys([*options.labels, *needs["labels"]]))
         problems.catch(check_manifest, manifest, needs | dict(labels=labels), f"{file}: data.{name}")
 
-# %% ../../nbs/0_project/04_plan.ipynb #2ce8bff0
+# %% ../../nbs/0_project/04_plan.ipynb #e54a81b8
 class Resolved(NamedTuple):
     "An experiment whose parts have been validated"
 
@@ -267,7 +278,8 @@ def resolve(
     experiment = validate(Experiment, read_experiment(file), f"{file}: ")
     problems, figures = _Problems(), dict(experiment.figures)
     trained_on, drawn = experiment.pretrain.get("data", []), figures.pop("data", "")
-    if not problems.check_names(trained_on, experiment.data, f"{file}: pretrain.data", "study set"):
+    problems.check_names(trained_on, experiment.data, f"{file}: pretrain.data", "study set")
+    if not trained_on:
         problems.append(f"{file}: pretrain.data: name at least one study set to train on")
     problems.check_names([drawn], experiment.data, f"{file}: figures.data", "study set")
     style, columns = "medvlp.figures.style:FigureOptions", "medvlp.tables.scoreboard:ScoreboardOptions"
