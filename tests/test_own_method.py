@@ -1,105 +1,69 @@
-"The page nbs/own_method.ipynb, followed to the letter in a copy of the project: the new method trains, and loads"
+"The page nbs/guides/own_method.ipynb, followed to the letter in a copy of the project: the new method trains and loads"
 
-import os, re, shutil, subprocess, sys
-from pathlib import Path
+import json
+import re
+
+import pytest
 from execnb.nbio import mk_cell, new_nb, read_nb, write_nb
-from ruamel.yaml import YAML
-from small import prepare, write_studies
+from omegaconf import OmegaConf
 
-ROOT = Path(__file__).parent.parent
-TINY = dict(
-    image_encoder="{name: resnet10t, image_size: 32}",
-    text_encoder="{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 64}",
-    vocab_size=100,
-    epochs=2,
-    batch_size=8,
-    checkpoint_steps=0,
-    log_steps=1,
-    device="cpu",
-    precision="fp32",
-    workers=0,
-    seed=0,
-    prepared="prepared",
-    output="models/sigmoid-0",
-    curves="curves/sigmoid-0",
-    checkpoints="checkpoints",
-)
+from toy_project import ROOT, ToyProject
 
 
 def blocks(language):
     "The page's fenced blocks of a language (several languages: in their order), as (language, text)"
-    text = "\n\n".join(
-        "".join(c.source) for c in read_nb(ROOT / "nbs/own_method.ipynb").cells if c.cell_type == "markdown"
-    )
+    cells = read_nb(ROOT / "nbs/guides/own_method.ipynb").cells
+    text = "\n\n".join("".join(cell.source) for cell in cells if cell.cell_type == "markdown")
     return re.findall(rf"```({language})\n(.*?)\n```", text, re.DOTALL)
 
 
-def merge(old, new):
-    "`new` put into `old`: sections joined, lists appended"
+def add(old, new):
+    "`new` put into `old`: sections merged, lists extended"
     if isinstance(old, list):
         return old + new
-    return {**old, **{k: merge(old[k], v) if k in old else v for k, v in new.items()}} if isinstance(old, dict) else new
+    return {**old, **{k: add(old[k], v) if k in old else v for k, v in new.items()}} if isinstance(old, dict) else new
 
 
-def test_the_page_makes_a_method(tmp_path):
-    def run(*words):
-        done = subprocess.run(
-            [sys.executable, *map(str, words)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            env=dict(os.environ, PYTHONPATH=str(tmp_path), OMP_NUM_THREADS="1"),
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    for name in ("nbs", "medvlp", "ablations"):
-        shutil.copytree(
-            ROOT / name,
-            tmp_path / name,
-            ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "models", "curves", "reports"),
-        )
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, tmp_path)
-
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    project = ToyProject(tmp_path_factory.mktemp("own"))
     cells = [
         mk_cell(text, "markdown" if language == "markdown" else "code", id=f"c{i}")
         for i, (language, text) in enumerate(blocks("python|markdown"))
     ]
-    notebook = tmp_path / "nbs/6_methods/99_sigmoid.ipynb"
+    notebook = project.folder / "nbs/7_methods/99_sigmoid.ipynb"
     write_nb(new_nb(cells), notebook)
-    run("-c", f"from nbdev.export import nb_export; nb_export({str(notebook)!r})")
-    assert (tmp_path / "medvlp/methods/sigmoid.py").is_file()
+    (project.folder / "export.py").write_text(f"from nbdev.export import nb_export\nnb_export({str(notebook)!r})\n")
+    project.run("export")
+    project.cells = [cell.source for cell in cells if cell.cell_type == "code"]
+    return project
 
-    yaml = YAML(typ="safe", pure=True)
-    params = yaml.load((tmp_path / "params.yaml").read_text())
+
+def test_the_page_makes_a_method(project):
+    assert (project.folder / "medvlp/methods/sigmoid.py").is_file()
+    params = project.params
     for _, text in blocks("yaml"):
-        params = merge(params, yaml.load(text))
-    with open(tmp_path / "params.yaml", "w") as f:
-        yaml.dump(params, f)
-    run("-m", "medvlp.project.stage", "--check", "--code", "code")
-    behind = {f.stem for f in (tmp_path / "code").rglob("*.txt") if "methods/sigmoid.py" in f.read_text()}
-    assert "pretrain@sigmoid-0" in behind and all(
-        "@sigmoid-" in stage for stage in behind
-    )  # no other run depends on it
+        params = add(params, OmegaConf.to_container(OmegaConf.create(text)))
+    for task in params["tasks"].values():
+        task["data"] = ["toy"] if task["methods"] else []
+    project.change(**params)
+    project.run("medvlp.project.plan")
+    plans = {path.stem: json.loads(path.read_text()) for path in (project.folder / "plan").glob("*.json")}
+    behind = {name for name, stage in plans.items() if "medvlp/methods/sigmoid.py" in stage["code"]}
+    assert "pretrain@sigmoid-0" in behind
+    assert all("sigmoid" in name for name in behind - {"figures"})  # no other run depends on it
 
-    prepare(write_studies(tmp_path / "data"), tmp_path / "prepared")
-    run(
-        "-m",
-        "medvlp.project.stage",
-        "nbs/stages/pretrain.ipynb",
-        "reports/pretrain.ipynb",
-        "--sections",
-        "reports",
-        "compute",
-        "pretrain",
-        "methods.sigmoid",
-        *(word for k, v in TINY.items() for word in ("--set", f"{k}={v}")),
-    )
-    assert len((tmp_path / "curves/sigmoid-0/plots/metrics/train/pairs.tsv").read_text().splitlines()) > 2
+    project.stage("prepare", "toy")
+    project.stage("pretrain", "sigmoid-0")
+    curve = project.folder / "curves/toy/sigmoid-0/plots/metrics/train/pairs.tsv"
+    assert len(curve.read_text().splitlines()) > 2
+    project.stage("evaluate", "toy-sigmoid-0")
+    scores = json.loads((project.folder / "results/toy/evaluate/toy-sigmoid-0.json").read_text())
+    assert "AUROC 100 %" in scores["probe"]
 
-    cells = [
-        c.source for c in cells if c.cell_type == "code" and "#| export" not in c.source
-    ]  # the notebook's own tests, on what was exported
-    loads = "from medvlp.methods.base import load_method; m = load_method('models/sigmoid-0'); assert m.config.dim == 128 and abs(m.bias.item() + 10) > 1e-6, m.bias"
-    run("-c", "\n".join(["import math, torch; from medvlp.methods.sigmoid import *", *cells, loads]))
+
+def test_its_own_tests_pass_on_what_was_exported(project):
+    tests = [cell for cell in project.cells if "#| export" not in cell and "#| default_exp" not in cell]
+    lines = ["import math, torch", "from medvlp.methods.sigmoid import *", *tests]
+    (project.folder / "own_tests.py").write_text("\n".join(lines))
+    project.run("own_tests")

@@ -72,9 +72,8 @@ def test_twelve_mistakes_are_found_at_once(tmp_path):
 def test_every_stage_of_dvc_has_a_file(tmp_path):
     "The names that dvc.yaml makes are those of the plan"
     stages = {stage.name for stage in plan(resolve("params.yaml", look=False))}
-    listed = subprocess.run(
-        [Path(sys.executable).parent / "dvc", "stage", "list", "--name-only"], capture_output=True, text=True, check=True
-    )
+    command = [Path(sys.executable).parent / "dvc", "stage", "list", "--name-only"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
     assert set(listed.stdout.split()) - {"plan"} == stages
 
 

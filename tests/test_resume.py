@@ -34,9 +34,9 @@ def assert_equal(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize(
-    "method", ["convirt", "aga", "mpma", "adamatch"]
-)  # aga has gates, buffers that move with every batch; mpma draws masks and has a ramp; adamatch learns its temperature under LAMB
+# aga has gates, buffers that change with every batch; mpma draws masks and has a ramp; adamatch learns its temperature
+# under LAMB
+@pytest.mark.parametrize("method", ["convirt", "aga", "mpma", "adamatch"])
 def test_two_runs_give_equal_weights_and_a_killed_run_resumed_too(folder, method):
     first, second, killed = (f"{method}-{run}" for run in ("first", "second", "killed"))
     for run in (first, second):

@@ -1,4 +1,5 @@
 """Sets that are too small or lack something: a task gives a reason or NaN with a note, never a traceback"""
+
 import json
 import warnings
 from functools import cache
@@ -127,7 +128,7 @@ def test_a_reason_or_a_note(name, results, tmp_path):
         ("no reports", "retrieval", "the set has no test studies with a report"),
         ("no boxes", "pointing", "no test study with a report has boxes"),
         ("boxes without a word", "pointing", "no test report names a finding that has a visible box"),
-        ("most of one patient", "reconstruction", "no shift of the test studies gives each an image of another patient"),
+        ("most of one patient", "reconstruction", "no shift of the test studies gives each an image of another"),
     ],
 )
 def test_the_reason_names_what_is_missing(name, task, reason, results):

@@ -1,4 +1,5 @@
 """The project's own file of zero-shot prompts serves the phantom, CheXpert and the COVID collection"""
+
 import re
 from itertools import chain
 from pathlib import Path
