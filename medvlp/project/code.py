@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['bare_code', 'imports_of', 'code_behind']
 
-# %% ../../nbs/0_project/01_code.ipynb #211a57ba
+# %% ../../nbs/0_project/01_code.ipynb #b141a4b7
 import ast
 import hashlib
 import io
 import tokenize
+from functools import cache
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
 
@@ -37,11 +38,12 @@ def _docstrings(tree):
         if ast.get_docstring(holder, clean=False) is not None:
             yield holder.body[0]
 
-# %% ../../nbs/0_project/01_code.ipynb #2061ce91
+# %% ../../nbs/0_project/01_code.ipynb #149ac26b
+@cache
 def imports_of(
     source: str,  # Python
     package: str = "",  # the package it belongs to, for relative imports
-) -> set[str]:  # dotted names, of modules and of what is taken from them
+) -> frozenset[str]:  # dotted names, of modules and of what is taken from them
     "What a source imports"
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -50,9 +52,9 @@ def imports_of(
         elif isinstance(node, ast.ImportFrom):
             base = resolve_name("." * node.level + (node.module or ""), package)
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return found
+    return frozenset(found)
 
-# %% ../../nbs/0_project/01_code.ipynb #b7485191
+# %% ../../nbs/0_project/01_code.ipynb #daedfd9c
 def code_behind(
     notebook: str | Path,  # of a stage
     *modules: str,  # further modules that it imports by name, such as medvlp.methods.mgca
@@ -61,7 +63,7 @@ def code_behind(
     root = Path(find_spec("medvlp").submodule_search_locations[0]).parent
     source = "\n".join("".join(c.source) for c in read_nb(notebook).cells if c.cell_type == "code")
     files = {Path(notebook).name: _hash(source)}
-    todo = imports_of(source) | set(modules)
+    todo = {*imports_of(source), *modules}
     while todo:
         name = todo.pop()
         path = root / f"{name.replace('.', '/')}.py"
@@ -74,5 +76,6 @@ def code_behind(
     return dict(sorted(files.items()))
 
 
+@cache
 def _hash(source):
     return hashlib.sha256(bare_code(source).encode()).hexdigest()[:16]
