@@ -6,11 +6,12 @@
 __all__ = ['ReportOptions', 'reported', 'report_texts', 'train_reporter', 'common_report', 'nearest_rows', 'report_table',
            'report_scores', 'report', 'read_reports']
 
-# %% ../../nbs/9_tasks/07_report.ipynb #8a02a07f
+# %% ../../nbs/9_tasks/07_report.ipynb #3f58dbab
 from pathlib import Path
 from typing import Literal
 import numpy as np, pandas as pd, torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import field_validator, model_validator
 from transformers import set_seed
 from ..data.batches import resolve_workers
 from ..data.labeller import TERMS, read_labels
@@ -23,11 +24,11 @@ from .metrics.scores import TaskResult, no_result
 from .metrics.text import finding_metrics, text_metrics
 from ..training.downstream import DownstreamOptions, Examples, fit, split_studies, stored_size
 
-# %% ../../nbs/9_tasks/07_report.ipynb #ddb43cea
+# %% ../../nbs/9_tasks/07_report.ipynb #44cf2e66
 class ReportOptions(DownstreamOptions):
     "How a reporter is trained, and what it writes"
 
-    min_steps: PositiveInt = Field(1, description="steps at least, where the studies are few")
+    min_steps: NonNegativeInt = Field(0, description="steps at least, where the studies are few")
     learning_rate: PositiveFloat = Field(2e-3, description="peak learning rate of the decoder")
     encoder_learning_rate: NonNegativeFloat = Field(
         0.0, description="peak learning rate of the image encoder; 0: it stays frozen"
@@ -45,7 +46,6 @@ class ReportOptions(DownstreamOptions):
     beams: PositiveInt = Field(1, description="beams of the search; 1: greedy")
     length_penalty: float = Field(1.0, description="of the beams: above 1 favours long reports")
     n_resamples: PositiveInt = Field(1000, description="bootstrap resamples of the test patients")
-    examples: PositiveInt = Field(8, description="written reports to show beside the true ones")
 
     @field_validator("findings")
     @classmethod
@@ -187,15 +187,15 @@ def report_scores(
     empty = dict(metric="empty", overall=True, value=first["empty"] / first.n, chance=0.0, n=first.n, note="")
     return pd.concat([scores, pd.DataFrame([empty])], ignore_index=True)
 
-# %% ../../nbs/9_tasks/07_report.ipynb #9427af8c
+# %% ../../nbs/9_tasks/07_report.ipynb #b28251f4
 def _lacking(studies, sections):
     "Why a set cannot be used, in one line; empty where it can"
     text, n_train = " or ".join(sections), len(studies["train"])
     if n_train < 2:
-        return f"{n_train} training studies with text under {text}; at least 2 are needed"
+        return f"training studies with text under {text}: {n_train}, but at least 2 are needed"
     patients = len(set(studies["test"]["patient_id"][:]))
     if patients < 2:
-        return f"{patients} test patients with text under {text}; intervals need at least 2"
+        return f"test patients with text under {text}: {patients}, but intervals need at least 2"
     return ""
 
 

@@ -127,31 +127,17 @@ def _budget(n, options):
     every = -(-steps // options.epochs)
     return every * options.epochs, every
 
-# %% ../../nbs/8_training/02_downstream.ipynb #0d32f8ac
+# %% ../../nbs/8_training/02_downstream.ipynb #cdb17cf8
 def _arguments(folder, n, options, seed, compute, has_val):
     "The options in Trainer's words"
-    device = resolve_device(compute.device)
-    steps, every = _budget(n, options)
-    evaluations = dict(eval_strategy="steps", eval_steps=every, load_best_model_at_end=True) if has_val else {}
     args = TrainingArguments(
         str(folder),
         seed=seed,
-        max_steps=steps,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=64,
         warmup_steps=0.1,
         lr_scheduler_type="cosine",
         max_grad_norm=options.max_grad_norm,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=1,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        use_cpu=device == "cpu",
-        bf16=resolve_precision(compute.precision, device) == "bf16",
-        full_determinism=compute.deterministic and device != "cpu",
-        dataloader_num_workers=resolve_workers(compute.workers, device),
-        dataloader_pin_memory=device != "cpu",
         remove_unused_columns=False,
         label_names=["labels"],
         prediction_loss_only=True,
@@ -159,11 +145,34 @@ def _arguments(folder, n, options, seed, compute, has_val):
         logging_nan_inf_filter=False,  # it would wait for the GPU in every step
         disable_tqdm=True,
         report_to=[],
-        **evaluations,
+        **_schedule(n, options, has_val),
+        **_machine(compute),
     )
     if args.n_gpu > 1:
         args._n_gpu = 1  # one process uses one GPU
     return args
+
+
+def _schedule(n, options, has_val):
+    "Steps, checkpoints and evaluations"
+    steps, every = _budget(n, options)
+    saving = dict(max_steps=steps, save_strategy="steps", save_steps=every, save_total_limit=1)
+    if not has_val:
+        return saving
+    best = dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False)
+    return saving | dict(eval_strategy="steps", eval_steps=every) | best
+
+
+def _machine(compute):
+    "Device, precision and workers"
+    device = resolve_device(compute.device)
+    return dict(
+        use_cpu=device == "cpu",
+        bf16=resolve_precision(compute.precision, device) == "bf16",
+        full_determinism=compute.deterministic and device != "cpu",
+        dataloader_num_workers=resolve_workers(compute.workers, device),
+        dataloader_pin_memory=device != "cpu",
+    )
 
 # %% ../../nbs/8_training/02_downstream.ipynb #760a2214
 class EarlyStopping(TrainerCallback):
@@ -218,7 +227,7 @@ class DownstreamTrainer(AddressedSampling, Trainer):
         epoch = super()._get_train_sampler(dataset).epoch
         return _PairSampler(len(self.train_dataset), self.args.train_batch_size, self.args.seed, epoch)
 
-# %% ../../nbs/8_training/02_downstream.ipynb #472e1e88
+# %% ../../nbs/8_training/02_downstream.ipynb #4541a314
 def fit(
     model: DownstreamModel,  # with its new layers freshly drawn; trained in place
     train: Examples,
@@ -233,7 +242,7 @@ def fit(
 ) -> DownstreamModel:  # the same model in evaluation mode
     "Train a model on pre-trained encoders, resuming an interrupted training of the same settings"
     if len(train) < 2:
-        raise ValueError(f"{title}: {len(train)} training studies; at least 2 are needed")
+        raise ValueError(f"{title}: training studies: {len(train)}, but at least 2 are needed")
     model.freeze(options.encoder_learning_rate == 0)
     key = _key(model, train, val, options, collate, seed, compute)
     folder = Path(checkpoints) / f"{model.config.model_type}-{seed}-{key}"
