@@ -6,21 +6,23 @@
 __all__ = ['PALETTE', 'STYLE', 'figure_style', 'sheet', 'set_words', 'overlapping_texts', 'message_figure', 'save',
            'FigureOptions']
 
-# %% ../../nbs/figures/00_style.ipynb #6d04978e
+# %% ../../nbs/figures/00_style.ipynb #dcf236b1
 from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.offsetbox import AnchoredOffsetbox, DrawingArea, HPacker, TextArea, VPacker
 from pydantic import NonNegativeInt, PositiveFloat, Field
 from ..project.config import Options
 
-# %% ../../nbs/figures/00_style.ipynb #dc7d9be0
+# %% ../../nbs/figures/00_style.ipynb #3ccbc8e8
 _HEX = "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9"
 PALETTE = [to_rgb(c) for c in _HEX.split()]  # seaborn's, whose import would cost a second
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
+    "axes.titley": 1.0,  # above the axes; to search for a free place, as by default, takes a third of all drawing
     "axes.labelsize": 9,
     "legend.fontsize": 8,
     "xtick.labelsize": 8,
@@ -64,11 +66,11 @@ def sheet(
         fig.suptitle(title, fontsize=10)
     return fig, axes
 
-# %% ../../nbs/figures/00_style.ipynb #e08994c2
+# %% ../../nbs/figures/00_style.ipynb #7ea3173b
 def set_words(
     ax,  # axes to fill
     lines: list,  # of lines; a line is a list of (word, whether a space stands before it, text properties)
-    size: float = 7.5,  # of the font, points
+    size: float = 7.5,  # of the font, in points
 ):
     "Lines of words, each with text properties of its own, e.g. a box behind it"
     ax.axis("off")
@@ -84,8 +86,19 @@ def _word_areas(line, size):
     areas = []
     for word, space, properties in line:
         areas += [DrawingArea(2.5, 0)] * space
-        areas.append(TextArea(word.replace("$", r"\$"), textprops=dict(fontsize=size) | properties))
+        areas.append(_Word(word.replace("$", r"\$"), textprops=dict(fontsize=size) | properties))
     return areas
+
+
+class _Word(TextArea):
+    "A word that is measured once per resolution, although the packers around it ask several times"
+
+    measured, dpi = None, None
+
+    def get_bbox(self, renderer):
+        if self.dpi != renderer.dpi:
+            self.measured, self.dpi = super().get_bbox(renderer), renderer.dpi
+        return self.measured
 
 # %% ../../nbs/figures/00_style.ipynb #2e77fa0f
 def overlapping_texts(
@@ -109,7 +122,7 @@ def message_figure(
     ax.axis("off")
     return fig
 
-# %% ../../nbs/figures/00_style.ipynb #3d54a781
+# %% ../../nbs/figures/00_style.ipynb #6b64218e
 def save(
     fig,  # a matplotlib figure; it is closed
     path,  # ends in .png, .svg or .pdf; its folder is created
@@ -120,8 +133,13 @@ def save(
     if path.suffix not in stamps:
         raise ValueError(f"{path}: figures are saved as {', '.join(stamps)}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = dict.fromkeys(stamps[path.suffix])
     with figure_style():
-        fig.savefig(path, metadata=dict.fromkeys(stamps[path.suffix]))
+        if path.suffix == ".png":  # savefig would draw everything once more, to lay it out
+            fig.set_dpi(STYLE["savefig.dpi"])
+            FigureCanvasAgg(fig).print_png(path, metadata=metadata)
+        else:
+            fig.savefig(path, metadata=metadata)
     plt.close(fig)
     return path
 
