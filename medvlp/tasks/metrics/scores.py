@@ -49,7 +49,8 @@ def save_scores(
         raise TypeError(f"save_scores takes the facts {', '.join(_FACTS)}; it got {', '.join(facts)}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = scores.assign(**facts).reindex(columns=SCORES).fillna(dict(note=""))
+    note = scores["note"] if "note" in scores else ""
+    table = scores.assign(**facts, note=note)[SCORES]
     table.to_csv(path, index=False, float_format="%.6f")
     path.with_suffix(".json").write_text(json.dumps(_metrics(scores, reason), indent=1, ensure_ascii=False) + "\n")
     return table
