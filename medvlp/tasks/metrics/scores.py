@@ -49,11 +49,15 @@ def save_scores(
         raise TypeError(f"save_scores takes the facts {', '.join(_FACTS)}; it got {', '.join(facts)}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    note = scores["note"] if "note" in scores else ""
-    table = scores.assign(**facts, note=note)[SCORES]
+    table = _with_facts(scores, facts)
     table.to_csv(path, index=False, float_format="%.6f")
     path.with_suffix(".json").write_text(json.dumps(_metrics(scores, reason), indent=1, ensure_ascii=False) + "\n")
     return table
+
+
+def _with_facts(scores, facts):
+    note = scores["note"] if "note" in scores else ""
+    return scores.assign(**facts, note=note)[SCORES]
 
 
 def _metrics(scores, reason):
@@ -71,8 +75,8 @@ def save_results(
     "Write the scores of several tasks of one run as one CSV and one metrics JSON"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tables = [result.scores.assign(task=task, **facts).reindex(columns=SCORES) for task, result in results.items()]
-    table = pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True).fillna(dict(note=""))
+    tables = [_with_facts(result.scores, facts | dict(task=task)) for task, result in results.items()]
+    table = pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
     table.to_csv(path, index=False, float_format="%.6f")
     metrics = {task: _metrics(result.scores, result.reason) for task, result in results.items()}
     path.with_suffix(".json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
