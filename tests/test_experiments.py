@@ -22,7 +22,7 @@ def in_project(monkeypatch):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_an_experiment_can_be_planned(file):
-    resolved = resolve(file, look=False)
+    resolved = resolve(file, need_data=False)
     assert resolved.experiment.experiment == file.stem
     stages = plan(resolved)
     assert len({stage.name for stage in stages}) == len(stages)
@@ -43,7 +43,7 @@ def test_dvc_finds_what_its_templates_ask_for(file):
 
 def method_of(experiment, name):
     "A method without its weights; a text encoder known by name gets its sizes, so that no network is needed"
-    options = resolve(f"experiments/{experiment}.yaml", look=False).methods[name]
+    options = resolve(f"experiments/{experiment}.yaml", need_data=False).methods[name]
     image, text = options.image_encoder.model_dump(), options.text_encoder.model_dump()
     vocabulary = VOCABULARY[text["name"]]
     with torch.device("meta"):
@@ -124,7 +124,7 @@ def test_mpma_has_its_size():
 
 
 def test_ablations_change_what_they_name():
-    methods = resolve("experiments/ablation-mpma.yaml", look=False).methods
+    methods = resolve("experiments/ablation-mpma.yaml", need_data=False).methods
     whole = methods["mpma"].options
     for name, options in methods.items():
         changed = {key for key, value in options.options.items() if value != whole[key]}

@@ -25,7 +25,7 @@ def problems_of(tmp_path, change):
     file = tmp_path / "params.yaml"
     OmegaConf.save(OmegaConf.create(tree), file)
     with pytest.raises(ConfigError) as caught:
-        resolve(file, look=True)
+        resolve(file, need_data=True)
     return [problem.replace(str(file), "params.yaml") for problem in caught.value.problems]
 
 
@@ -71,7 +71,7 @@ def test_twelve_mistakes_are_found_at_once(tmp_path):
 
 def test_every_stage_of_dvc_has_a_file(tmp_path):
     "The names that dvc.yaml makes are those of the plan"
-    stages = {stage.name for stage in plan(resolve("params.yaml", look=False))}
+    stages = {stage.name for stage in plan(resolve("params.yaml", need_data=False))}
     command = [Path(sys.executable).parent / "dvc", "stage", "list", "--name-only"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True)
     assert set(listed.stdout.split()) - {"plan"} == stages
@@ -82,7 +82,7 @@ def test_a_changed_option_changes_only_its_own_stages(tmp_path):
         tree = read_yaml("experiments/demo.yaml")
         change(tree)
         OmegaConf.save(OmegaConf.create(tree), tmp_path / "params.yaml")
-        return {stage.name: stage for stage in plan(resolve(tmp_path / "params.yaml", look=False))}
+        return {stage.name: stage for stage in plan(resolve(tmp_path / "params.yaml", need_data=False))}
 
     before = stages(lambda tree: None)
     after = stages(lambda tree: tree["methods"]["mgca"]["options"].update(n_prototypes=32))

@@ -96,7 +96,7 @@ class Repro:
         for child in list(self.children):
             os.killpg(child.pid, signal.SIGTERM)
 
-# %% ../../nbs/0_project/05_parallel.ipynb #ada6be9d
+# %% ../../nbs/0_project/05_parallel.ipynb #6c18afb3
 def main(
     argv: list[str] | None = None,  # the command line
 ) -> int:  # 0 all stages are up to date, 1 one failed, 130 interrupted
@@ -118,7 +118,7 @@ def main(
         print("interrupted: nothing is left running; the same command continues", file=sys.stderr)
         return 130
     for name in failed:
-        print(f"{name} failed: its messages stand above", file=sys.stderr)
+        print(f"{name} failed: see its messages above", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -55,9 +55,9 @@ def clean_copy(
     nb.metadata.pop("widgets", None)
     write_nb(nb, path)
 
-# %% ../../nbs/0_project/03_run.ipynb #8c092fb1
+# %% ../../nbs/0_project/03_run.ipynb #ec46ef7b
 class ProgressStream:
-    "A text stream that thins out redrawn lines where they cannot be redrawn"
+    "A text stream that shortens progress bars in log files"
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class ProgressStream:
     def flush(self) -> None:
         self.out.flush()
 
-# %% ../../nbs/0_project/03_run.ipynb #ee51ceb6
+# %% ../../nbs/0_project/03_run.ipynb #cddd1295
 def _kernel_environment(threads):
     "What the kernel's environment must say for a run to be repeatable"
     paths = [f"{sys.prefix}/share/jupyter", *filter(None, os.environ.get("JUPYTER_PATH", "").split(os.pathsep))]
@@ -98,7 +98,7 @@ def _kernel_environment(threads):
     return environment if threads == "auto" else environment | dict(OMP_NUM_THREADS=str(threads))
 
 
-def _claim(output):
+def _copy_paths(output):
     "Names of the copy while it runs and if it fails; `ConfigError` if it cannot be written"
     running, failed = output.with_suffix(".running.ipynb"), output.with_suffix(".failed.ipynb")
     try:
@@ -125,7 +125,7 @@ def _check_parameters(notebook, names):
         if not re.search(rf"^{name}\b.*=", "".join(tagged[0].source), re.MULTILINE):
             raise ConfigError(f"{notebook}: its parameters cell does not set {name}")
 
-# %% ../../nbs/0_project/03_run.ipynb #93300f27
+# %% ../../nbs/0_project/03_run.ipynb #d8f073c2
 def run_notebook(
     notebook: str | Path,  # a stage notebook
     output: str | Path,  # where its executed copy goes
@@ -135,12 +135,12 @@ def run_notebook(
     "Execute a copy of the notebook in the working directory; Papermill's error if a cell fails"
     import logging
 
-    sys.modules.setdefault("rfc3987_syntax", None)  # an optional check of jsonschema that takes seconds to load
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
 
     notebook, output = Path(notebook), Path(output)
     _check_parameters(notebook, parameters)
-    running, failed = _claim(output)
+    running, failed = _copy_paths(output)
     logging.getLogger("papermill").setLevel(logging.ERROR)
     os.environ.update(_kernel_environment(threads))
     try:
@@ -178,15 +178,15 @@ def describe_failure(
         [f"{notebook} failed in cell [{error.exec_count}]:", *places[-6:], message, f"partial copy: {failed}"]
     )
 
-# %% ../../nbs/0_project/03_run.ipynb #fcbad0a4
-def _complain(message, status):
+# %% ../../nbs/0_project/03_run.ipynb #bb117c6f
+def _fail(message, status):
     print(message, file=sys.stderr)
     return status
 
 
 def main(
     argv: list[str] | None = None,  # the command line
-) -> int:  # 0 done, 1 a cell failed, 2 something to put right first, 130 or 143 interrupted
+) -> int:  # 0 done, 1 a cell failed, 2 something to put right first, 130 interrupted, 143 terminated
     "`python -m medvlp.project.run STAGE [RUN]`"
     parser = argparse.ArgumentParser(prog="python -m medvlp.project.run", description="Run a stage of the pipeline")
     parser.add_argument("stage", help="a notebook of nbs/stages, without .ipynb")
@@ -198,9 +198,9 @@ def main(
         stage = read_stage(f"plan/{arguments.stage}{'@' * bool(arguments.run)}{arguments.run}.json")
         return _run_and_report(notebook, stage.outputs["notebook"], stage)
     except ConfigError as e:
-        return _complain(str(e), 2)
+        return _fail(str(e), 2)
 
-# %% ../../nbs/0_project/03_run.ipynb #afef516e
+# %% ../../nbs/0_project/03_run.ipynb #27546e70
 def _run_and_report(notebook, output, stage):
     "Run a stage and say how it ended"
     from nbclient.exceptions import DeadKernelError
@@ -211,13 +211,13 @@ def _run_and_report(notebook, output, stage):
     try:
         run_notebook(notebook, output, dict(run_name=stage.run), stage.compute.threads)
     except PapermillExecutionError as e:
-        return _complain(describe_failure(notebook, failed, e), 1)
+        return _fail(describe_failure(notebook, failed, e), 1)
     except DeadKernelError:
-        return _complain(f"{notebook}: the kernel died: killed, or out of memory; partial copy: {failed}", 1)
+        return _fail(f"{notebook}: the kernel died: killed, or out of memory; partial copy: {failed}", 1)
     except KeyboardInterrupt:
-        return _complain(f"{notebook}: interrupted; partial copy: {failed}", 130)
+        return _fail(f"{notebook}: interrupted; partial copy: {failed}", 130)
     except SystemExit:
-        return _complain(f"{notebook}: terminated; partial copy: {failed}", 143)
+        return _fail(f"{notebook}: terminated; partial copy: {failed}", 143)
     print(f"{stage.name}: executed copy in {output}")
     return 0
 

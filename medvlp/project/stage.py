@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUNNER', 'find_project', 'enter_project', 'Stage', 'write_stage', 'read_stage', 'load_stage']
 
-# %% ../../nbs/0_project/02_stage.ipynb #c98a7c06
+# %% ../../nbs/0_project/02_stage.ipynb #424dc0da
 import json
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import Field
 
-from .config import ComputeOptions, ConfigError, Options, options_table, validate
+from .config import ComputeOptions, ConfigError, Options, validate
 
 # %% ../../nbs/0_project/02_stage.ipynb #437a2a3e
 def find_project(
@@ -33,18 +33,18 @@ def enter_project() -> Path:  # the project folder
     os.chdir(root)
     return root
 
-# %% ../../nbs/0_project/02_stage.ipynb #5f1ec0d2
+# %% ../../nbs/0_project/02_stage.ipynb #ae97450c
 class Stage(Options):
     "One stage of the pipeline for one run, with every option resolved"
 
     stage: str = Field(description="the notebook of nbs/stages that runs it")
-    run: str = Field("", description="what tells this stage from others of its kind, such as mgca-0")
+    run: str = Field("", description="which of the stages of this kind, such as mgca-0")
     experiment: str = Field(description="the experiment that it is part of")
     data: str = Field("", description="the study set that it works on")
     method: str = Field("", description="the name of the method in tables and figures")
-    seed: int = Field(0, description="of everything that is drawn")
-    options: dict[str, Any] = Field({}, description="of the component that does the work, defaults included")
-    compute: ComputeOptions = Field(ComputeOptions(), description="where and how")
+    seed: int = Field(0, description="of every random draw")
+    options: dict[str, Any] = Field({}, description="those of the component that does the work, defaults included")
+    compute: ComputeOptions = Field(ComputeOptions(), description="where and how it computes")
     inputs: dict[str, Any] = Field({}, description="folders and files to read")
     outputs: dict[str, str] = Field({}, description="folders and files to write")
     code: dict[str, str] = Field({}, description="the code behind it, as hashes")
@@ -56,15 +56,11 @@ class Stage(Options):
 
     @property
     def facts(self) -> dict:
-        "What result files say about where a number comes from"
+        "The columns of result files that say where a number comes from"
         return dict(experiment=self.experiment, data=self.data, method=self.method, seed=self.seed)
 
-    def table(self, kind: type[Options]) -> "pd.DataFrame":
-        "The options in use, with their descriptions"
-        return options_table(self.parse(kind)).style.hide().set_properties(**{"text-align": "left"})
-
     def parse(self, kind: type[Options]) -> Options:
-        "The options as an object of the component's own class"
+        "The options as an object of the component's class, which the notebook knows and this file does not"
         return validate(kind, self.options, f"plan/{self.name}.json: options")
 
 # %% ../../nbs/0_project/02_stage.ipynb #0dfa7597

@@ -66,20 +66,21 @@ def _metrics(scores, reason):
     metrics = overall.set_index("metric").value.astype(float).round(4).to_dict()
     return metrics | (dict(reason=reason) if reason else {})
 
-# %% ../../../nbs/9_tasks/metrics/02_scores.ipynb #80603a65
+# %% ../../../nbs/9_tasks/metrics/02_scores.ipynb #786dc4f6
 def save_results(
     results: dict[str, TaskResult],  # {task: its result}
-    path: str | Path,  # of the CSV; the JSON is written beside it
+    scores: str | Path,  # file of the CSV
+    metrics: str | Path,  # file of the JSON
     **facts,  # experiment, data, method, seed
 ) -> pd.DataFrame:  # in the columns SCORES
     "Write the scores of several tasks of one run as one CSV and one metrics JSON"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for file in map(Path, (scores, metrics)):
+        file.parent.mkdir(parents=True, exist_ok=True)
     tables = [_with_facts(result.scores, facts | dict(task=task)) for task, result in results.items()]
     table = pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
-    table.to_csv(path, index=False, float_format="%.6f")
-    metrics = {task: _metrics(result.scores, result.reason) for task, result in results.items()}
-    path.with_suffix(".json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
+    table.to_csv(scores, index=False, float_format="%.6f")
+    overall = {task: _metrics(result.scores, result.reason) for task, result in results.items()}
+    Path(metrics).write_text(json.dumps(overall, indent=1, ensure_ascii=False) + "\n")
     return table
 
 # %% ../../../nbs/9_tasks/metrics/02_scores.ipynb #93341e2d
