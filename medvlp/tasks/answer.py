@@ -465,7 +465,7 @@ def answer_scores(
     metric = label + table.measure.map(_NAMES)
     return pd.DataFrame(dict(metric=metric, overall=overall, **columns, chance=chance, note=note))
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #fa810c49
+# %% ../../nbs/9_tasks/08_answer.ipynb #e91d1337
 def _lacking(table, options):
     "Why a set cannot be used, in one line; empty where it can"
     train, test = (table[table.split == name] for name in ("train", "test"))
@@ -478,8 +478,8 @@ def _lacking(table, options):
         return f"answers given at least min_count = {options.min_count} times in training: {found}; 2 are needed"
     n_studies, n_patients = train.study[train.answer.isin(known)].nunique(), test.patient_id.nunique()
     if n_studies < 2:
-        return f"{n_studies} training studies with questions; at least 2 are needed"
-    return "" if n_patients > 1 else f"test questions of {n_patients} patients; intervals need at least 2"
+        return f"training studies with questions: {n_studies}, but at least 2 are needed"
+    return "" if n_patients > 1 else f"test patients with questions: {n_patients}, but intervals need at least 2"
 
 
 def _parts(table, answers):
@@ -488,7 +488,7 @@ def _parts(table, answers):
     kept = {name: (table.split == name) & (known | (name == "test")) for name in ("train", "val", "test")}
     return {name: table[rows].sort_values("study", kind="stable") for name, rows in kept.items()}
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #e2d2fbfb
+# %% ../../nbs/9_tasks/08_answer.ipynb #ec5bfccd
 def answer(  # noqa: F811, the method of AnswerModel has the same name
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is
@@ -509,19 +509,9 @@ def answer(  # noqa: F811, the method of AnswerModel has the same name
     table = split_validation(table, options.val_fraction, seed)
     answers = answer_vocabulary(table.answer[table.split == "train"], options.min_count)
     parts, found = _parts(table, answers), {}
+    place = dict(seed=seed, compute=compute, checkpoints=checkpoints)
     for name, blind in (("blind", True), ("given", False)):
-        trained = train_answer_model(
-            model,
-            tokenizer,
-            studies,
-            parts,
-            answers,
-            options,
-            blind=blind,
-            seed=seed,
-            compute=compute,
-            checkpoints=checkpoints,
-        )
+        trained = train_answer_model(model, tokenizer, studies, parts, answers, options, blind=blind, **place)
         workers = resolve_workers(compute.workers, trained.device.type)
         logits = answer_logits(trained, studies, parts["test"], workers=workers)
         found[name] = predict_answers(logits, answers, parts["test"].closed, options.yes_no)
