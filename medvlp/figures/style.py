@@ -6,19 +6,18 @@
 __all__ = ['PALETTE', 'STYLE', 'figure_style', 'sheet', 'set_words', 'overlapping_texts', 'message_figure', 'save',
            'FigureOptions']
 
-# %% ../../nbs/figures/00_style.ipynb #dcf236b1
+# %% ../../nbs/figures/00_style.ipynb #3a527e04
 from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt
+import seaborn as sns
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.offsetbox import AnchoredOffsetbox, DrawingArea, HPacker, TextArea, VPacker
 from pydantic import NonNegativeInt, PositiveFloat, Field
 from ..project.config import Options
 
-# %% ../../nbs/figures/00_style.ipynb #3ccbc8e8
-_HEX = "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9"
-PALETTE = [to_rgb(c) for c in _HEX.split()]  # seaborn's, whose import would cost a second
+# %% ../../nbs/figures/00_style.ipynb #8c73a3a9
+PALETTE = sns.color_palette("colorblind")
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,

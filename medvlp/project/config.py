@@ -40,14 +40,14 @@ class ComputeOptions(Options):
     threads: PositiveInt | Auto = Field("auto", description="CPU threads of a stage; auto: every core")
     deterministic: bool = Field(True, description="exact kernels on a GPU, at some cost in speed")
 
-# %% ../../nbs/0_project/00_config.ipynb #cf19b308
+# %% ../../nbs/0_project/00_config.ipynb #9d61e2a7
 def options_table(
     options: Options | type[Options],
 ) -> "pd.DataFrame":  # columns option, value, description; one row per field, nested options with dotted names
     "The options of a component: defaults of a class, values of an instance"
     import pandas as pd
 
-    return pd.DataFrame(_rows(options), columns=["option", "value", "description"])
+    return pd.DataFrame(_rows(options), columns=["option", "value", "description"], dtype=object)
 
 
 def _rows(options, prefix=""):
