@@ -67,7 +67,17 @@ def run_graph(
             pool.shutdown(wait=True, cancel_futures=True)
     return failed
 
-# %% ../../nbs/0_project/05_parallel.ipynb #6980ef8d
+# %% ../../nbs/0_project/05_parallel.ipynb #c2b83271
+_ADVICE = (
+    "To track the changes",
+    "\tgit add",
+    "To enable auto staging",
+    "\tdvc config",
+    "Use `dvc push`",
+    "Updating lock",
+)
+
+
 class Repro:
     "Runs a stage by `dvc repro` in a process of its own"
 
@@ -86,7 +96,8 @@ class Repro:
         )
         self.children.add(child)
         for line in child.stdout:
-            print(f"[{name}] {line}", end="", flush=True)
+            if line.strip() and not line.startswith(_ADVICE):
+                print(f"[{name}] {line}", end="", flush=True)
         self.children.discard(child)
         return child.wait()
 
