@@ -295,11 +295,11 @@ def answer(
     images, questions = as_list(images), as_list(questions)
     if len(images) not in (1, len(questions)):
         raise ValueError(f"{len(images)} images and {len(questions)} questions; give a question for each image")
-    asked = [questions] if len(images) == 1 else [[q] for q in questions]
+    groups = [questions] if len(images) == 1 else [[q] for q in questions]
     self.eval()
     found, collate = [], CollateQuestions(self.tokenizer, self.config.max_tokens)
     for x in self.batches(images, batch_size, workers, "answer"):
-        items = [dict(image=image, target=[(q, -100) for q in asked.pop(0)]) for image in x]
+        items = [dict(image=image, target=[(q, -100) for q in groups.pop(0)]) for image in x]
         batch = {name: value.to(self.device) for name, value in collate(items).items()}
         found += self(**batch)["logits"].argmax(1).tolist()
     return [self.config.answers[i] for i in found]
@@ -311,7 +311,7 @@ class AnswerOptions(DownstreamOptions):
     min_count: PositiveInt = Field(1, description="answers that are rarer in training are not classes")
     yes_no: bool = Field(False, description="closed questions are answered by yes or no alone")
     questions_per_study: NonNegativeInt = Field(
-        0, description="questions of a study in an epoch at most, drawn anew each time; 0: all"
+        0, description="at most so many questions of a study in an epoch, drawn anew each time; 0: all"
     )
     max_tokens: int = Field(32, ge=3, description="longest question in tokens; longer ones are truncated")
     val_fraction: Fraction = Field(
