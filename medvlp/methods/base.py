@@ -6,7 +6,7 @@
 __all__ = ['MethodOptions', 'MethodConfig', 'projection', 'Method', 'TokenProjection', 'TokenMethod', 'method_names',
            'find_method', 'build_method', 'load_method']
 
-# %% ../../nbs/7_methods/00_base.ipynb #39739368
+# %% ../../nbs/7_methods/00_base.ipynb #9c9a17ca
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..encoders.features import ImageFeatures, TextFeatures
@@ -46,7 +46,7 @@ class MethodOptions(Options):
             raise ValueError("every term has weight 0, so there is nothing to train")
         return weights
 
-# %% ../../nbs/7_methods/00_base.ipynb #036c743f
+# %% ../../nbs/7_methods/00_base.ipynb #c7f4821e
 class MethodConfig(PreTrainedConfig):
     "What is needed to rebuild a method of any kind"
 
@@ -55,6 +55,9 @@ class MethodConfig(PreTrainedConfig):
     image: dict | None = None  # arguments of ImageEncoder
     text: dict | None = None  # arguments of TextEncoder
     options: dict | None = None  # values of the method's Options
+
+
+AutoConfig.register("medvlp", MethodConfig, exist_ok=True)  # so that a saved tokenizer knows whose it is
 
 # %% ../../nbs/7_methods/00_base.ipynb #84aa9ad5
 def projection(
