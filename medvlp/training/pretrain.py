@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AugmentOptions', 'PretrainOptions', 'MethodTrainer', 'training_arguments', 'pretrain', 'pretrain_stage', 'main']
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #2db628c0
+# %% ../../nbs/8_training/01_pretrain.ipynb #ed161cbd
 import argparse
 import shutil
 import sys
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
@@ -28,7 +28,7 @@ from ..encoders.text import TextEncoderOptions
 from ..methods.base import build_method
 from ..project.config import ComputeOptions, Fraction, Options
 from ..project.stage import read_stage
-from .loop import Curves, Guard, Progress, last_checkpoint, resolve_precision, run_key
+from .loop import Curves, EarlyStopping, Guard, Progress, last_checkpoint, resolve_precision, run_key
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #5056ecb8
 class AugmentOptions(Options):
@@ -215,7 +215,7 @@ def pretrain(
     shutil.rmtree(folder, ignore_errors=True)
     return trainer
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #d2d671dc
+# %% ../../nbs/8_training/01_pretrain.ipynb #e6bb7433
 def _make_trainer(model, tokenizer, studies, options, seed, compute, folder, curves):
     if options.channels_last:
         model.image_encoder.to(memory_format=torch.channels_last)
@@ -224,7 +224,7 @@ def _make_trainer(model, tokenizer, studies, options, seed, compute, folder, cur
     if arguments.world_size > 1 and arguments.device.type == "cuda":
         # statistics over the whole batch, whichever GPU holds it
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    callbacks = [Guard(), Curves(curves), Progress("pretrain")]
+    callbacks = [Guard(), Curves(curves), Progress("pretrain"), EarlyStopping(options.patience)]
     trainer = MethodTrainer(
         model,
         arguments,
@@ -232,7 +232,7 @@ def _make_trainer(model, tokenizer, studies, options, seed, compute, folder, cur
         train,
         val if len(val) else None,
         optimizer_cls_and_kwargs=_optimizer(options),
-        callbacks=callbacks + [EarlyStoppingCallback(options.patience)] * bool(options.patience),
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
