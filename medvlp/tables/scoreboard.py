@@ -130,7 +130,7 @@ GROUPS = {  # heading: tasks
 def _group_of(task):
     return next((heading for heading, tasks in GROUPS.items() if task in tasks), "Other tasks")
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #1ab7d902
+# %% ../../nbs/tables/00_scoreboard.ipynb #d2a7db8f
 def select(
     summary: pd.DataFrame,  # of `summarise`
     metrics: list[list[str]],  # [task, metric] in the order of columns
@@ -140,7 +140,9 @@ def select(
     places = {(*m, d): i for i, (m, d) in enumerate((m, d) for m in metrics for d in data)}
     place = [places.get(key) for key in summary[COLUMN].itertuples(index=False, name=None)]
     s = summary.assign(
-        name=summary.task + " " + summary.metric, group=summary.task.map(_group_of), place=pd.array(place, "Int64")
+        name=summary.task.str.replace("_", "-") + " " + summary.metric,
+        group=summary.task.map(_group_of),
+        place=pd.array(place, "Int64"),
     )
     return s.dropna(subset="place").sort_values("place", kind="stable").drop(columns="place")
 
