@@ -32,41 +32,43 @@ def problems_of(tmp_path, change):
 def twelve_mistakes(tree):
     tree["compute"]["threads"] = 0
     tree["data"]["hospital-a"]["sorce"] = "imagefolder"
-    tree["data"]["hospital-a"]["folder"] = "no-such-folder"
+    tree["data"]["hospital-c"] = dict(folder="no-such-folder")
     tree["data"]["hospital-b"]["fractions"] = [0.8, 0.2, 0.2]
     tree["pretrain"]["batch_size"] = 1
-    tree["pretrain"]["data"] = ["hospital-c"]
+    tree["pretrain"]["data"] = ["hospital-d"]
     tree["runs"]["methods"].append("mcga")
     tree["methods"]["mgca"]["options"]["temprature"] = 0.1
-    tree["methods"]["mpma"]["image_encoder"]["options"]["embed_dims"] = 128
+    tree["figurs"] = dict(samples=3)
     tree["tasks"]["finetune"]["methods"] = ["convrit"]
     tree["tasks"]["finetune"]["learning_rate"] = "0.002"
     tree["tasks"]["detct"] = dict(data=[], methods=[])
 
 
 def test_twelve_mistakes_are_found_at_once(tmp_path):
-    # an unusable compute section is refused with the top level, before its parts are looked at
-    first = problems_of(tmp_path, twelve_mistakes)
-    assert [p for p in first if "compute.threads" in p]
-
-    def eleven_mistakes(tree):
-        twelve_mistakes(tree)
-        tree["compute"]["threads"] = 1
-
-    text = "\n".join(problems_of(tmp_path, eleven_mistakes))
+    text = "\n".join(problems_of(tmp_path, twelve_mistakes))
     for words in (
+        "compute.threads: 0: input should be greater than 0",
         'data.hospital-a: there is no option "sorce": did you mean "source"?',
+        "data.hospital-c.folder: no-such-folder: there is no such folder",
         "data.hospital-b.fractions",
-        "batch_size",
-        'pretrain.data: there is no study set "hospital-c": did you mean "hospital-b"?',
+        "pretrain.batch_size: 1: input should be greater than or equal to 2",
+        'pretrain.data: there is no study set "hospital-d": did you mean "hospital-',
         'there is no method "mcga": did you mean "mgca"?',
-        'there is no option "temprature": did you mean "temperature"?',
-        "embed_dims",
+        'methods.mgca.options: there is no option "temprature": did you mean "temperature"?',
         'tasks.finetune.methods: there is no method under runs.methods "convrit": did you mean "convirt"?',
-        "tasks.finetune.learning_rate: '0.002'",
+        "tasks.finetune.learning_rate: '0.002': input should be a valid number",
         'tasks: there is no task "detct"',
+        'there is no option "figurs": did you mean "figures"?',
     ):
         assert words in text, f"{words}\n--- not in\n{text}"
+
+
+def test_an_option_that_timm_does_not_have_is_found_by_building_the_method(tmp_path):
+    def change(tree):
+        tree["methods"]["mpma"]["image_encoder"]["options"]["embed_dims"] = 128
+
+    (problem,) = problems_of(tmp_path, change)
+    assert problem.startswith("params.yaml: methods.mpma") and "embed_dims" in problem
 
 
 def test_every_stage_of_dvc_has_a_file(tmp_path):

@@ -92,7 +92,7 @@ def validate(
     except ValidationError as e:
         raise ConfigError(*(_explain(kind, error, where) for error in e.errors())) from None
 
-# %% ../../nbs/0_project/00_config.ipynb #62f98df1
+# %% ../../nbs/0_project/00_config.ipynb #b3df5581
 def _explain(kind, error, where):
     "One line for one of pydantic's errors"
     path = [str(p) for p in error["loc"]]
@@ -108,7 +108,9 @@ def _explain(kind, error, where):
 
 
 def _join(where, path):
-    return where + ("." if where and path and not where.endswith(": ") else "") + ".".join(path)
+    if not path:
+        return where.removesuffix(": ")
+    return where + ("" if where.endswith(": ") else ".") + ".".join(path)
 
 # %% ../../nbs/0_project/00_config.ipynb #72d10b6f
 def _named(kind, path):

@@ -23,7 +23,7 @@ from .code import code_behind
 from .config import ComputeOptions, ConfigError, Options, did_you_mean, merge, read_experiment, validate
 from .stage import Stage, enter_project, write_stage
 
-# %% ../../nbs/0_project/04_plan.ipynb #d70fe841
+# %% ../../nbs/0_project/04_plan.ipynb #4510be30
 class RunsOptions(Options):
     "What is trained: each method once with each seed"
 
@@ -35,10 +35,10 @@ class Experiment(Options):
     "The top level of params.yaml; the values of each part are checked by the component that they configure"
 
     experiment: str = Field(pattern=r"^[\w.-]+$", description="its name: results go to results/NAME")
-    compute: ComputeOptions = Field(ComputeOptions(), description="where and how stages compute")
+    compute: dict[str, Any] = Field({}, description="where and how stages compute")
     data: dict[str, dict[str, Any]] = Field(min_length=1, description="study sets by name")
     pretrain: dict[str, Any] = Field(description="the sets to train on, encoders, and the budget")
-    runs: RunsOptions = Field(description="methods and seeds")
+    runs: dict[str, Any] = Field(description="methods and seeds")
     methods: dict[str, dict[str, Any]] = Field({}, description="what a method has of its own, and variants")
     tasks: dict[str, dict[str, Any]] = Field(description="for each task its sets, its methods, and its options")
     figures: dict[str, Any] = Field(description="the set to draw, and options")
@@ -133,7 +133,7 @@ def method_settings(
     settings = merge(base, dict(method=chain[-1]), *sections)
     return {key: value for key, value in settings.items() if key != "extends"}
 
-# %% ../../nbs/0_project/04_plan.ipynb #41c3ecea
+# %% ../../nbs/0_project/04_plan.ipynb #2684166e
 def _build(options, where):
     "Build a method on the meta device; a `ConfigError` says what does not fit"
     import torch
@@ -151,14 +151,14 @@ def _build(options, where):
         raise ConfigError(f"{where}: {' '.join(str(e).split())}") from None
 
 
-def _check_methods(problems, experiment, file):
+def _check_methods(problems, experiment, runs, file):
     "{name: PretrainOptions}"
     kind, methods, common = options_class("medvlp.training.pretrain:PretrainOptions"), {}, _Problems()
     settings = {key: value for key, value in experiment.pretrain.items() if key != "data"}
     common.catch(validate, kind, settings, f"{file}: pretrain")
     problems += common
     repeated = {problem.removeprefix(f"{file}: pretrain") for problem in common}
-    for name in dict.fromkeys(experiment.runs.methods):
+    for name in dict.fromkeys(runs.methods):
         where, own = f"{file}: methods.{name}", _Problems()
         options = own.catch(_check_method, kind, name, experiment, file, where)
         problems += [problem for problem in own if problem.removeprefix(where) not in repeated]
@@ -181,7 +181,7 @@ def _check_method(kind, name, experiment, file, where):
     _build(options, where)
     return options
 
-# %% ../../nbs/0_project/04_plan.ipynb #66d1cba3
+# %% ../../nbs/0_project/04_plan.ipynb #548ef5f9
 class _Task(Options):
     "A task of an experiment"
 
@@ -190,7 +190,7 @@ class _Task(Options):
     options: Options
 
 
-def _check_tasks(problems, experiment, file):
+def _check_tasks(problems, experiment, runs, file):
     "{task: _Task}"
     tasks, known = {}, _tasks()
     for task in known:
@@ -205,7 +205,7 @@ def _check_tasks(problems, experiment, file):
         options = problems.catch(validate, task_options(task), rest, where)
         sets = problems.check_names(values.get("data", []), experiment.data, f"{where}.data", "study set")
         methods = problems.check_names(
-            values.get("methods", []), experiment.runs.methods, f"{where}.methods", "method under runs.methods"
+            values.get("methods", []), runs.methods, f"{where}.methods", "method under runs.methods"
         )
         if options is not None:
             tasks[task] = _Task(data=sets, methods=methods, options=options)
@@ -252,22 +252,34 @@ def _check_prepared(problems, name, options, needs, file):
         labels = list(dict.fromkeys([*options.labels, *needs["labels"]]))
         problems.catch(check_manifest, manifest, needs | dict(labels=labels), f"{file}: data.{name}")
 
-# %% ../../nbs/0_project/04_plan.ipynb #93e9fe98
+# %% ../../nbs/0_project/04_plan.ipynb #2f839fe8
 class Resolved(NamedTuple):
     "An experiment whose parts have been validated"
 
     experiment: Experiment
+    compute: ComputeOptions
+    runs: RunsOptions
     sets: dict[str, Options]  # {study set: DataOptions}
     methods: dict[str, Options]  # {method: PretrainOptions}
     tasks: dict[str, _Task]
     figures: Options
     scoreboard: Options
 
-    def runs(self) -> list[tuple[str, int]]:  # (method, seed)
-        return list(product(self.experiment.runs.methods, self.experiment.runs.seeds))
+    def methods_and_seeds(self) -> list[tuple[str, int]]:
+        return list(product(self.runs.methods, self.runs.seeds))
 
     def needs(self, name: str) -> dict:  # labels, sections
         return _needs(self.experiment, name, self.tasks, self.methods)
+
+
+def _top_level(problems, tree, file):
+    "The parts of an experiment; parts that are missing or of the wrong kind are reported and left empty"
+    experiment = problems.catch(validate, Experiment, tree, f"{file}: ")
+    if experiment is not None:
+        return experiment
+    parts = {name: tree.get(name) for name in Experiment.model_fields if name != "experiment"}
+    parts = {name: values if isinstance(values, dict) else {} for name, values in parts.items()}
+    return Experiment.model_construct(experiment=str(tree.get("experiment", "")), **parts)
 
 
 def resolve(
@@ -275,8 +287,11 @@ def resolve(
     need_data: bool = True,  # whether the folders of data must exist
 ) -> Resolved:
     "An experiment with all defaults; `ConfigError` with everything that is wrong with it"
-    experiment = validate(Experiment, read_experiment(file), f"{file}: ")
-    problems, figures = _Problems(), dict(experiment.figures)
+    problems = _Problems()
+    experiment = _top_level(problems, read_experiment(file), file)
+    compute = problems.catch(validate, ComputeOptions, experiment.compute, f"{file}: compute")
+    runs = problems.catch(validate, RunsOptions, experiment.runs, f"{file}: runs", default=RunsOptions(methods=[]))
+    figures = dict(experiment.figures)
     trained_on, drawn = experiment.pretrain.get("data", []), figures.pop("data", "")
     problems.check_names(trained_on, experiment.data, f"{file}: pretrain.data", "study set")
     if not trained_on:
@@ -285,9 +300,11 @@ def resolve(
     style, columns = "medvlp.figures.style:FigureOptions", "medvlp.tables.scoreboard:ScoreboardOptions"
     resolved = Resolved(
         experiment,
+        compute,
+        runs,
         _check_data(problems, experiment, file, need_data),
-        _check_methods(problems, experiment, file),
-        _check_tasks(problems, experiment, file),
+        _check_methods(problems, experiment, runs, file),
+        _check_tasks(problems, experiment, runs, file),
         problems.catch(validate, options_class(style), figures, f"{file}: figures"),
         problems.catch(validate, options_class(columns), experiment.scoreboard, f"{file}: scoreboard"),
     )
@@ -297,7 +314,7 @@ def resolve(
         raise ConfigError(*problems)
     return resolved
 
-# %% ../../nbs/0_project/04_plan.ipynb #d8d75c80
+# %% ../../nbs/0_project/04_plan.ipynb #56678373
 def plan(
     resolved: Resolved,
 ) -> list[Stage]:
@@ -315,13 +332,13 @@ def _stage(resolved, kind, run="", options=None, modules=(), outputs=None, **fie
         run=run,
         experiment=name,
         options=options.model_dump() if options else {},
-        compute=resolved.experiment.compute,
+        compute=resolved.compute,
         outputs=dict(notebook=copy) | (outputs or {}),
         code=code_behind(f"nbs/stages/{kind}.ipynb", *modules),
         **fields,
     )
 
-# %% ../../nbs/0_project/04_plan.ipynb #7fc8f2b6
+# %% ../../nbs/0_project/04_plan.ipynb #139dd3e2
 def _prepare_stages(resolved):
     for data, options in resolved.sets.items():
         outputs = dict(prepared=f"prepared/{data}")
@@ -336,16 +353,16 @@ def _prepare_stages(resolved):
 def _pretrain_stages(resolved):
     name = resolved.experiment.experiment
     inputs = dict(prepared=[f"prepared/{data}" for data in resolved.experiment.pretrain["data"]])
-    for method, seed in resolved.runs():
+    for method, seed in resolved.methods_and_seeds():
         run, options = f"{method}-{seed}", resolved.methods[method]
         outputs = dict(model=f"models/{name}/{run}", curves=f"curves/{name}/{run}", checkpoints="checkpoints")
         modules = [f"medvlp.methods.{options.method}"]
         fields = dict(method=method, seed=seed, inputs=inputs, outputs=outputs)
         yield _stage(resolved, "pretrain", run, options, modules, **fields)
 
-# %% ../../nbs/0_project/04_plan.ipynb #5aa86db5
+# %% ../../nbs/0_project/04_plan.ipynb #61bbaf10
 def _task_stages(resolved):
-    name, seeds = resolved.experiment.experiment, resolved.experiment.runs.seeds
+    name, seeds = resolved.experiment.experiment, resolved.runs.seeds
     for kind, task in resolved.tasks.items():
         for data, method, seed in product(task.data, task.methods, seeds):
             run, options = f"{data}-{method}-{seed}", resolved.methods[method]
@@ -366,12 +383,12 @@ def _report_options(options):
     "How a method's reports were read while it was trained"
     return dict(sections=options.sections, max_tokens=options.max_tokens)
 
-# %% ../../nbs/0_project/04_plan.ipynb #1854db4b
+# %% ../../nbs/0_project/04_plan.ipynb #32cb2504
 def _summary_stages(resolved):
     "Figures and the scoreboard, once per experiment"
     name, data = resolved.experiment.experiment, resolved.experiment.figures["data"]
     runs = []
-    for method, seed in resolved.runs():
+    for method, seed in resolved.methods_and_seeds():
         run, options = f"{method}-{seed}", resolved.methods[method]
         folders = dict(model=f"models/{name}/{run}", curves=f"curves/{name}/{run}")
         runs.append(dict(run=run, method=method, seed=seed, **folders, **_report_options(options)))
@@ -380,7 +397,7 @@ def _summary_stages(resolved):
     outputs = dict(figures=f"reports/{name}/figures")
     yield _stage(resolved, "figures", "", resolved.figures, modules, outputs, data=data, inputs=inputs)
     titles = {name: options.title or name for name, options in resolved.sets.items()}
-    rows = resolved.experiment.runs.model_dump()
+    rows = resolved.runs.model_dump()
     inputs, outputs = dict(results="scores", titles=titles) | rows, dict(scoreboard=f"results/{name}.md")
     yield _stage(resolved, "scoreboard", "", resolved.scoreboard, (), outputs, inputs=inputs)
 
