@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DataOptions', 'select_studies', 'study_features', 'png', 'prepare_studies', 'save_studies', 'check_writable',
-           'prepare', 'read_manifest', 'load_studies', 'load_sets', 'check_patients', 'check_sections']
+           'prepare', 'read_manifest', 'load_studies', 'load_sets', 'check_patients']
 
 # %% ../../nbs/1_data/06_prepare.ipynb #0de0fa2a
 import hashlib, io, json
@@ -410,18 +410,3 @@ def check_patients(
             problem = f"patient {leaks[0]!r} is in train of data.{a} and in {held_out[leaks[0]]} of data.{b}"
             remedy = f"Give data.{a} and data.{b} the same seed and fractions, or patients a split in the collection."
             raise StudyError(f"{problem}; {len(leaks)} patient(s) leak between these sets. {remedy}")
-
-# %% ../../nbs/1_data/06_prepare.ipynb #eb3d87a3
-def check_sections(
-    manifest: dict,  # of a prepared set
-    sections: list[str],  # that a task writes or reads: findings, impression or both
-    option: str = "sections",  # name of this option in params.yaml, for the message
-) -> None:
-    "Raise `StudyError` if the train or test split has reports, but none with text in these sections"
-    for split in ("train", "test"):
-        counts = manifest["sections"].get(split, {})
-        pairs = manifest["splits"].get(split, {}).get("pairs", 0)
-        if pairs and not any(counts[s] for s in sections):
-            there = ", ".join(f"{s} {n}" for s, n in counts.items())
-            problem = f"{option}: no report of the {split} split has text under {' or '.join(sections)}"
-            raise StudyError(f"{problem}. Texts: {there}. Change this option, or leave the task out for this set.")

@@ -211,7 +211,7 @@ def _check_tasks(problems, experiment, runs, file):
             tasks[task] = _Task(data=sets, methods=methods, options=options)
     return tasks
 
-# %% ../../nbs/0_project/04_plan.ipynb #3512a94b
+# %% ../../nbs/0_project/04_plan.ipynb #8c2ffb31
 def _needs(experiment, name, tasks, methods):
     "What the tasks need of a study set: labels, and sections of its reports"
     labels, sections = [], []
@@ -234,10 +234,10 @@ def check_manifest(
     for label in needs["labels"]:
         if label not in manifest["labels"]:
             problems.append(f'{where}: the data have no label "{label}": {did_you_mean(label, manifest["labels"])}')
-    counts = manifest["sections"].values()
-    for sections in needs["sections"]:
-        if any(any(c.values()) for c in counts) and not any(c.get(s) for c in counts for s in sections):
-            problems.append(f"{where}: no report of the set has text under {' or '.join(sections)}")
+    for sections, split in product(needs["sections"], ("train", "test")):
+        counts = manifest["sections"].get(split, {})
+        if any(counts.values()) and not any(counts.get(section) for section in sections):
+            problems.append(f"{where}: no report of the {split} split has text under {' or '.join(sections)}")
     if problems:
         raise ConfigError(*problems)
 
