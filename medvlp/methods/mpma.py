@@ -84,7 +84,7 @@ class Mpma(TokenMethod):
 
 
 def _check_vit(encoder):
-    "Refuse an encoder that cannot leave patches out"
+    "ValueError for an encoder that cannot leave patches out"
     try:
         count_patches(encoder)
     except ValueError as e:
@@ -142,7 +142,7 @@ def masks(
     word_ids: Tensor,  # [B,T]
     addresses: Tensor | None,  # [B] int64
 ) -> tuple[Tensor, Tensor, Tensor]:  # masked patches [B,N] bool; ids [B,T]; labels [B,T], -100 where not masked
-    "What is masked of each study"
+    "The masks of each study, and what is to be predicted"
     if addresses is None:
         addresses = torch.arange(len(input_ids), device=input_ids.device)
     o, mask_id = self.options, self.report_decoder.mask_id
