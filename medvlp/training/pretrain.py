@@ -67,7 +67,7 @@ class PretrainOptions(Options):
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #404c702c
 class MethodTrainer(AddressedSampling, Trainer):
-    "A Trainer that knows where in the training it is, and logs every term of the loss"
+    "A Trainer that sets the method's `epoch` and logs every term of the loss"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -104,7 +104,7 @@ def training_arguments(
     compute: ComputeOptions,
     n_val: int,  # validation pairs; 0: no evaluation
 ) -> TrainingArguments:
-    "Our options in Trainer's terms"
+    "The options as arguments of Trainer"
     device = resolve_device(compute.device)
     return TrainingArguments(
         str(checkpoints),
@@ -157,7 +157,7 @@ def _machine(compute, device):
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #733f82ec
 def _optimizer(options):
-    "Class and options of another optimizer than Trainer's own AdamW"
+    "Class and options of the optimizer; None for Trainer's own AdamW"
     if options.optimizer == "adamw":
         return None
     from timm.optim import Lamb
@@ -166,7 +166,7 @@ def _optimizer(options):
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #717084fd
 def _check_budget(options, n_train, n_val):
-    "Refuse a budget that cannot train"
+    "ValueError for a budget that cannot be trained with"
     if n_train < options.batch_size:
         raise ValueError(
             f"pretrain.batch_size is {options.batch_size}, but the training split has only {n_train} studies with a "
