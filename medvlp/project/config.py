@@ -72,7 +72,7 @@ class ConfigError(ValueError):
 
 # %% ../../nbs/0_project/00_config.ipynb #f707fb96
 def did_you_mean(
-    word: Any,  # a name that nobody knows
+    word: Any,  # a name that does not exist
     known: Iterable[str],  # the names that exist
 ) -> str:
     "The closest known name as a suggestion, or all known names"

@@ -145,7 +145,7 @@ def _interrupt(*_):
 
 # %% ../../nbs/0_project/05_parallel.ipynb #87a715b6
 def _interruptible(graph, repro, jobs):
-    "`run_graph` in a thread, ended in good order by an interruption"
+    "`run_graph` in a thread, shut down cleanly by an interruption"
     failed = []
     worker = threading.Thread(target=lambda: failed.extend(run_graph(graph, repro, jobs)))
     worker.start()

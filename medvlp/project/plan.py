@@ -28,7 +28,9 @@ class RunsOptions(Options):
     "What is trained: each method once with each seed"
 
     methods: list[str] = Field(description="the rows of the scoreboard")
-    seeds: list[NonNegativeInt] = Field([0], min_length=1, description="more seeds show how much chance decides")
+    seeds: list[NonNegativeInt] = Field(
+        [0], min_length=1, description="of each method; several show how much depends on chance"
+    )
 
 
 class Experiment(Options):
@@ -39,7 +41,7 @@ class Experiment(Options):
     data: dict[str, dict[str, Any]] = Field(min_length=1, description="study sets by name")
     pretrain: dict[str, Any] = Field(description="the sets to train on, encoders, and the budget")
     runs: dict[str, Any] = Field(description="methods and seeds")
-    methods: dict[str, dict[str, Any]] = Field({}, description="what a method has of its own, and variants")
+    methods: dict[str, dict[str, Any]] = Field({}, description="settings of single methods, and variants of methods")
     tasks: dict[str, dict[str, Any]] = Field(description="for each task its sets, its methods, and its options")
     figures: dict[str, Any] = Field(description="the set to draw, and options")
     scoreboard: dict[str, Any] = Field({}, description="the columns of the table")
