@@ -37,7 +37,7 @@ def read_table(
     "Rows of a CSV file; bytes that are not UTF-8 become the replacement character"
     path = Path(path)
     if not path.is_file():
-        raise StudyError(f"{path}: no such file. A study set needs it; see the README, 'Your own data'.")
+        raise StudyError(f"{path}: no such file. A study set needs it; see nbs/guides/own_data.ipynb.")
     csv.field_size_limit(1 << 24)
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
         rows = list(csv.DictReader(f))

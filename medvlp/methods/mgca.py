@@ -28,11 +28,11 @@ class MgcaOptions(MethodOptions):
     token_temperature: PositiveFloat = Field(0.07, description="tau 2, of the local term")
     prototype_temperature: PositiveFloat = Field(0.2, description="tau 3, of the softmax over prototypes")
     n_prototypes: PositiveInt = Field(500, description="K, number of prototypes")
-    frozen_epochs: NonNegativeFloat = Field(1.0, description="epochs for which the prototypes stay as drawn")
-    epsilon: PositiveFloat = Field(0.05, description="of Sinkhorn; smaller gives harder codes")
-    iterations: PositiveInt = Field(3, description="of Sinkhorn")
+    frozen_epochs: NonNegativeFloat = Field(1.0, description="epochs for which the prototypes are frozen")
+    epsilon: PositiveFloat = Field(0.05, description="entropy weight of Sinkhorn; smaller gives harder assignments")
+    iterations: PositiveInt = Field(3, description="iterations of Sinkhorn")
     token_weights: Literal["saliency", "uniform"] = Field(
-        "saliency", description="of patches and words in the local term; uniform needs no saliency of the encoders"
+        "saliency", description="of patches and words in the local term; uniform needs no saliency from the encoders"
     )
     attention: Literal["learned", "cosine"] = Field(
         "learned", description="learned: Eq. 4; cosine: softmax of cosines, as in the released code"

@@ -35,24 +35,26 @@ class MpmaOptions(MethodOptions):
 
     image_ratio: _Ratio = Field(0.75, description="fraction of the patches that are masked")
     text_ratio: _Ratio = Field(0.5, description="fraction of the words that are masked")
-    normalise: bool = Field(False, description="reconstruct patches at mean 0 and standard deviation 1 each")
+    normalise: bool = Field(False, description="reconstruct each patch normalised to mean 0, standard deviation 1")
     vision: Literal["full", "visible"] = Field(
         "full", description="patches that words are predicted from: all (Fig. 2) or the visible ones (Eq. 5)"
     )
     fusion: Literal["gap", "gmp", "cmf", "ma_cmf"] = Field(
-        "ma_cmf", description="of patches and words (Table V): pooling, cross-attention, or with memory"
+        "ma_cmf", description="of patches and words (Table V): pooling, cross-attention, the same with memory"
     )
     slots: PositiveInt = Field(16, description="slots of each memory of ma_cmf")
-    heads: PositiveInt = Field(8, description="of fusion and report decoder; must divide the image encoder's width")
+    heads: PositiveInt = Field(
+        8, description="attention heads of fusion and report decoder; must divide the image encoder's width"
+    )
     decoder_dim: PositiveInt = Field(512, description="width of the image decoder")
-    decoder_heads: PositiveInt = Field(16, description="of the image decoder")
-    decoder_layers: PositiveInt = Field(4, description="of each decoder")
+    decoder_heads: PositiveInt = Field(16, description="attention heads of the image decoder")
+    decoder_layers: PositiveInt = Field(4, description="layers of each decoder")
     rows: PositiveInt = Field(64, description="M, rows of the global term; later words of a report do not count there")
     temperature: PositiveFloat = Field(0.07, description="tau 1, of the global term")
     word_temperature: PositiveFloat = Field(0.1, description="tau 2, of a word's attention over the patches")
     sum_temperature: PositiveFloat = Field(0.1, description="tau 3, of the sum over words")
     batch_temperature: PositiveFloat = Field(1.0, description="divides the local scores of pairs")
-    agg: Literal["sum", "mean"] = Field("sum", description="of the local term, over words")
+    agg: Literal["sum", "mean"] = Field("sum", description="how the local term combines the words of a report")
     ramp_epochs: NonNegativeFloat = Field(
         1.0, description="T, epoch at which the alignment has its full weight; 0: at once"
     )

@@ -46,7 +46,7 @@ class PretrainOptions(Options):
     options: dict[str, Any] = Field({}, description="of the method")
     image_encoder: ImageEncoderOptions = Field(ImageEncoderOptions(), description="the network for images")
     text_encoder: TextEncoderOptions = Field(TextEncoderOptions(), description="the network for reports")
-    vocab_size: PositiveInt = Field(2000, description="of a tokenizer that is trained here, where the encoder has none")
+    vocab_size: PositiveInt = Field(2000, description="of the tokenizer that is trained if the text encoder has none")
     sections: list[Literal["findings", "impression"]] = Field(
         ["impression", "findings"], min_length=1, description="of the report, in this order"
     )
@@ -58,7 +58,7 @@ class PretrainOptions(Options):
     learning_rate: PositiveFloat = Field(2e-5, description="at its peak")
     weight_decay: NonNegativeFloat = Field(0.05, description="of the optimizer")
     warmup: Fraction = Field(0.1, description="fraction of the steps in which the learning rate rises")
-    accumulate: PositiveInt = Field(1, description="batches whose gradients make a step")
+    accumulate: PositiveInt = Field(1, description="batches whose gradients are combined in one step")
     max_grad_norm: NonNegativeFloat = Field(0.0, description="gradients are clipped at this norm; 0: never")
     patience: NonNegativeInt = Field(0, description="evaluations without improvement before stopping; 0: never stop")
     checkpoint_steps: NonNegativeInt = Field(0, description="steps between two evaluations; 0: one per epoch")
