@@ -44,7 +44,7 @@ export: install ## notebooks to package, then clean them
 
 readme: install ## README.md from nbs/index.ipynb, and the pictures it shows from the last run of the demo
 	mkdir -p nbs/images
-	cp $(addprefix reports/demo/figures/,samples.png curves.png words-mgca.png reconstruction-mpma.png matches-adamatch.png) nbs/images/
+	cp $(addprefix reports/demo/figures/,samples.png matches-adamatch.png reconstruction-mpma.png) nbs/images/
 	jupyter nbconvert --log-level WARN --execute --no-input --to markdown nbs/index.ipynb --output-dir . --output README
 	sed -i -E 's#\]\(([0-9]_|stages|images|guides|figures|tables)#](nbs/\1#g' README.md
 
