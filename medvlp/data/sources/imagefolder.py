@@ -80,7 +80,10 @@ def _read_row(folder, row, line):
     )
     return study | {k: v for k, v in row.items() if k not in _PARSED and not k.startswith("label_")}
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #545683b9
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #22f8ef44
+_CONTENT = {"findings", "impression", "report", "questions"}
+
+
 def imagefolder(
     folder: str | Path,  # contains metadata.csv and the images that it names
 ) -> pd.DataFrame:  # canonical columns, then the other columns of metadata.csv; one row per study
@@ -89,6 +92,6 @@ def imagefolder(
     path = folder / "metadata.csv"
     rows = read_table(path)
     need_columns(rows, ["file_name", "patient_id"], path)
-    if not {"findings", "impression", "report"} & set(rows[0]):
-        need_columns(rows, ["findings, impression or report"], path)
+    if not any(name in _CONTENT or name.startswith("label_") for name in rows[0]):
+        need_columns(rows, ["findings, impression, report, questions or label_<name>"], path)
     return pd.DataFrame([_read_row(folder, row, line) for line, row in enumerate(rows, 2)])
