@@ -135,7 +135,7 @@ def method_settings(
     settings = merge(base, dict(method=chain[-1]), *sections)
     return {key: value for key, value in settings.items() if key != "extends"}
 
-# %% ../../nbs/0_project/04_plan.ipynb #2684166e
+# %% ../../nbs/0_project/04_plan.ipynb #71767b53
 def _build(options, where):
     "Build a method on the meta device; a `ConfigError` says what does not fit"
     import torch
@@ -152,7 +152,7 @@ def _build(options, where):
     except (ValueError, TypeError, RuntimeError, AssertionError) as e:
         raise ConfigError(f"{where}: {' '.join(str(e).split())}") from None
 
-
+# %% ../../nbs/0_project/04_plan.ipynb #de552bac
 def _check_methods(problems, experiment, runs, file):
     "{name: PretrainOptions}"
     kind, methods, common = options_class("medvlp.training.pretrain:PretrainOptions"), {}, _Problems()
@@ -254,7 +254,7 @@ def _check_prepared(problems, name, options, needs, file):
         labels = list(dict.fromkeys([*options.labels, *needs["labels"]]))
         problems.catch(check_manifest, manifest, needs | dict(labels=labels), f"{file}: data.{name}")
 
-# %% ../../nbs/0_project/04_plan.ipynb #2f839fe8
+# %% ../../nbs/0_project/04_plan.ipynb #2d5bb07a
 class Resolved(NamedTuple):
     "An experiment whose parts have been validated"
 
@@ -273,7 +273,7 @@ class Resolved(NamedTuple):
     def needs(self, name: str) -> dict:  # labels, sections
         return _needs(self.experiment, name, self.tasks, self.methods)
 
-
+# %% ../../nbs/0_project/04_plan.ipynb #9139e114
 def _top_level(problems, tree, file):
     "The parts of an experiment; parts that are missing or of the wrong kind are reported and left empty"
     experiment = problems.catch(validate, Experiment, tree, f"{file}: ")
@@ -283,7 +283,7 @@ def _top_level(problems, tree, file):
     parts = {name: values if isinstance(values, dict) else {} for name, values in parts.items()}
     return Experiment.model_construct(experiment=str(tree.get("experiment", "")), **parts)
 
-
+# %% ../../nbs/0_project/04_plan.ipynb #3d100503
 def resolve(
     file: str | Path = "params.yaml",  # an experiment
     need_data: bool = True,  # whether the folders of data must exist
