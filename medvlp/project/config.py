@@ -6,7 +6,7 @@
 __all__ = ['Fraction', 'Dropout', 'Auto', 'Options', 'ComputeOptions', 'options_table', 'ConfigError', 'did_you_mean', 'validate',
            'read_yaml', 'merge', 'read_experiment']
 
-# %% ../../nbs/0_project/00_config.ipynb #d3564f9e
+# %% ../../nbs/0_project/00_config.ipynb #bea12bd6
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from yaml import YAMLError
 
 # %% ../../nbs/0_project/00_config.ipynb #fc9f7954
@@ -30,7 +30,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Auto = Literal["auto"]
 
-# %% ../../nbs/0_project/00_config.ipynb #c92ebdc2
+# %% ../../nbs/0_project/00_config.ipynb #96d777d7
 class ComputeOptions(Options):
     "Where and how a stage computes"
 
@@ -39,6 +39,7 @@ class ComputeOptions(Options):
     workers: NonNegativeInt | Auto = Field("auto", description="processes that load images; auto: none on a CPU")
     threads: PositiveInt | Auto = Field("auto", description="CPU threads of a stage; auto: every core")
     deterministic: bool = Field(True, description="exact kernels on a GPU, at some cost in speed")
+    checkpoint_minutes: PositiveFloat = Field(5.0, description="an interrupted training loses at most about this time")
 
 # %% ../../nbs/0_project/00_config.ipynb #9d61e2a7
 def options_table(
