@@ -6,8 +6,9 @@
 __all__ = ['Fraction', 'Dropout', 'Auto', 'Options', 'ComputeOptions', 'options_table', 'ConfigError', 'did_you_mean', 'validate',
            'read_yaml', 'merge', 'read_experiment']
 
-# %% ../../nbs/0_project/00_config.ipynb #bea12bd6
+# %% ../../nbs/0_project/00_config.ipynb #b5e33c95
 import difflib
+from itertools import groupby
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -81,7 +82,7 @@ def did_you_mean(
     close = difflib.get_close_matches(str(word), known, n=1)
     return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(known) or 'none'}"
 
-# %% ../../nbs/0_project/00_config.ipynb #b301867b
+# %% ../../nbs/0_project/00_config.ipynb #33c7e490
 def validate(
     kind: type[Options],  # the component's class
     values: dict | None,  # as read from YAML
@@ -91,21 +92,22 @@ def validate(
     try:
         return kind.model_validate(values or {})
     except ValidationError as e:
-        raise ConfigError(*(_explain(kind, error, where) for error in e.errors())) from None
+        same_option = groupby(e.errors(), key=lambda error: _named(kind, error["loc"]))
+        raise ConfigError(*(_explain(kind, list(errors), where) for _, errors in same_option)) from None
 
-# %% ../../nbs/0_project/00_config.ipynb #b3df5581
-def _explain(kind, error, where):
-    "One line for one of pydantic's errors"
-    path = [str(p) for p in error["loc"]]
+# %% ../../nbs/0_project/00_config.ipynb #e064a157
+def _explain(kind, errors, where):
+    "One line for pydantic's errors on one option: a union of types has one for each"
+    error, path = errors[0], [str(p) for p in errors[0]["loc"]]
     if error["type"] == "extra_forbidden":
         parent = _model_at(kind, path[:-1])
         names = parent.model_fields if parent else ()
         return f'{_join(where, path[:-1])}: there is no option "{path[-1]}": {did_you_mean(path[-1], names)}'
     if error["type"] == "missing":
         return f'{_join(where, path[:-1])}: "{path[-1]}" is missing'
-    message = error["msg"].removeprefix("Value error, ")
-    value = error["input"]
-    return f"{_join(where, _named(kind, path))}: {value!r}: {message[0].lower()}{message[1:]}{_about(kind, path)}"
+    messages = [e["msg"].removeprefix("Value error, ") for e in errors]
+    message = " or ".join(m[0].lower() + m[1:] for m in dict.fromkeys(messages))
+    return f"{_join(where, _named(kind, path))}: {error['input']!r}: {message}{_about(kind, path)}"
 
 
 def _join(where, path):
@@ -113,10 +115,10 @@ def _join(where, path):
         return where.removesuffix(": ")
     return where + ("" if where.endswith(": ") else ".") + ".".join(path)
 
-# %% ../../nbs/0_project/00_config.ipynb #72d10b6f
+# %% ../../nbs/0_project/00_config.ipynb #d2f91938
 def _named(kind, path):
     "The part of an error's location that a user has written: pydantic adds the names of union members"
-    model = kind
+    model, path = kind, [str(p) for p in path]
     for i, name in enumerate(path):
         if model is None or name not in model.model_fields:
             return path[:i] + [p for p in path[i:] if p.isdigit()]
