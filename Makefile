@@ -21,11 +21,11 @@ $(VENV)/weights: $(VENV)/installed
 	$(PIP) --editable '.[weights]'
 	touch $@
 
-repro: install $(if $(EXP),experiment) ## run what has changed; EXP=name: of experiments/name.yaml; JOBS=n: stages at a time
+repro: install $(if $(EXP)$(DATA),experiment) ## run what has changed; EXP=name: of experiments/name.yaml; JOBS=n: stages at a time
 	$(if $(filter 1,$(JOBS)),dvc repro,python -m medvlp.project.parallel --jobs $(JOBS))
 
-experiment: install ## EXP=name: put experiments/name.yaml in place of params.yaml, if nothing is lost by it
-	python -m medvlp.project.experiments $(EXP)
+experiment: install ## EXP=name: put experiments/name.yaml in place of params.yaml; DATA=folder: of your own data
+	python -m medvlp.project.experiments $(or $(EXP),own) $(if $(DATA),--data "$(DATA)")
 
 check: install ## check params.yaml and every experiment, without running anything
 	for file in params.yaml experiments/*.yaml; do python -m medvlp.project.plan $$file --check || exit; done
@@ -37,7 +37,7 @@ test: install ## style, the notebooks' own tests, pytest; FLAGS="slow cuda" adds
 	python -m pytest -q tests
 
 lab: install ## JupyterLab, on the notebooks
-	jupyter lab nbs
+	jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 export: install ## notebooks to package, then clean them
 	nbdev_export && nbdev_clean

@@ -5,33 +5,34 @@
 # %% auto #0
 __all__ = ['use_experiment', 'main']
 
-# %% ../../nbs/0_project/06_experiments.ipynb #43b5951f
+# %% ../../nbs/0_project/06_experiments.ipynb #39914b1f
 import argparse
+import shutil
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from ruamel.yaml import YAML
 
 from .config import ConfigError, did_you_mean, read_experiment, read_yaml
 from .stage import enter_project
 
-# %% ../../nbs/0_project/06_experiments.ipynb #628763cc
+# %% ../../nbs/0_project/06_experiments.ipynb #7320b928
 def use_experiment(
     name: str,  # of a file of experiments/, without .yaml
+    data: str | Path = "",  # folder of the study set `own`, to be entered into that file; empty: as it stands there
 ) -> Path:  # that file
-    "Put an experiment in place of params.yaml; `ConfigError` if there is none, or if params.yaml would be lost"
+    "Put an experiment in place of params.yaml; `ConfigError` if there is none"
     known = {path.stem: path for path in sorted(Path("experiments").glob("*.yaml"))}
     if name not in known:
         raise ConfigError(f'experiments/{name}.yaml: there is no experiment "{name}": {did_you_mean(name, known)}')
+    if data:
+        _enter_folder(known[name], Path(data).expanduser())
     current, wanted = Path("params.yaml"), _text(known[name])
-    if current.is_file() and current.read_text() == wanted:
-        return known[name]
-    if current.is_file() and not _is_saved(current, known.values()):
-        raise ConfigError(
-            "params.yaml: has changes that neither git nor a file of experiments/ has. Keep them with "
-            "`cp params.yaml experiments/mine.yaml`, or drop them with `git checkout params.yaml`"
-        )
+    if current.is_file() and current.read_text() != wanted and not _is_saved(current, known.values()):
+        print(f"params.yaml had changes of its own; they are now in {_keep(current)}")
     current.write_text(wanted)
     return known[name]
 
@@ -44,23 +45,45 @@ def _text(file):
     return f"# {file}, with what it is based on\n{OmegaConf.to_yaml(read_experiment(file))}"
 
 
+def _keep(file):
+    "Copy a file to scratch/ under a name that is free"
+    copies = (Path("scratch", f"{file.stem}-{i}{file.suffix}") for i in count(1))
+    copy = next(path for path in copies if not path.exists())
+    copy.parent.mkdir(exist_ok=True)
+    return shutil.copy(file, copy)
+
+
 def _is_saved(file, others):
     "Whether git's last commit or another file has the same content"
     text = file.read_text()
     committed = subprocess.run(["git", "show", f"HEAD:./{file}"], capture_output=True, text=True)
     return text == committed.stdout or any(text == _text(other) for other in others)
 
-# %% ../../nbs/0_project/06_experiments.ipynb #c5daed68
+# %% ../../nbs/0_project/06_experiments.ipynb #43fe28a2
+def _enter_folder(file, folder):
+    "Write the folder of the study set `own` into an experiment's file"
+    if not folder.is_dir():
+        raise ConfigError(f"DATA={folder}: there is no such folder")
+    yaml = YAML()
+    yaml.width = 1000  # leave long lines as they are
+    tree = yaml.load(file)
+    if "own" not in tree.get("data", {}):
+        raise ConfigError(f'{file}: DATA is the folder of the study set "own", which is not under data: try EXP=own')
+    tree["data"]["own"]["folder"] = str(folder)
+    yaml.dump(tree, file)
+
+# %% ../../nbs/0_project/06_experiments.ipynb #c5b4bc8f
 def main(
     argv: list[str] | None = None,  # the command line
-) -> int:  # 0 done, 2 refused
-    "`python -m medvlp.project.experiments NAME`"
+) -> int:  # 0 done, 2 there is no such experiment or folder
+    "`python -m medvlp.project.experiments NAME [--data FOLDER]`"
     parser = argparse.ArgumentParser(prog="python -m medvlp.project.experiments", description="Choose an experiment")
     parser.add_argument("name", help="a file of experiments/, without .yaml")
+    parser.add_argument("--data", default="", help="folder of the study set own, to be entered into that file")
     arguments = parser.parse_args(argv)
     enter_project()
     try:
-        print(f"params.yaml is now {use_experiment(arguments.name)}")
+        print(f"params.yaml is now {use_experiment(arguments.name, arguments.data)}")
     except ConfigError as e:
         print(e, file=sys.stderr)
         return 2
