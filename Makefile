@@ -27,8 +27,8 @@ repro: install $(if $(EXP)$(DATA),experiment) ## run what has changed; EXP=name:
 experiment: install ## EXP=name: put experiments/name.yaml in place of params.yaml; DATA=folder: of your own data
 	python -m medvlp.project.experiments $(or $(EXP),own) $(if $(DATA),--data "$(DATA)")
 
-check: install ## check params.yaml and every experiment, without running anything
-	for file in params.yaml experiments/*.yaml; do python -m medvlp.project.plan $$file --check || exit; done
+check: install ## check params.yaml and every experiment, or EXP=name, without running anything
+	python -m medvlp.project.plan --check $(or $(EXP:%=experiments/%.yaml),params.yaml experiments/*.yaml)
 
 test: install ## style, the notebooks' own tests, pytest; FLAGS="slow cuda" adds the flagged ones
 	ruff check --quiet nbs tests

@@ -93,11 +93,10 @@ def test_a_changed_option_changes_only_its_own_stages(tmp_path):
 
 def test_the_command_line(tmp_path):
     def run(*words):
-        return subprocess.run(
-            [sys.executable, "-m", "medvlp.project.plan", *words, "--check"], capture_output=True, text=True
-        )
+        command = [sys.executable, "-m", "medvlp.project.plan", "--check", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True)
 
-    assert run().returncode == 0
+    assert run("params.yaml").returncode == 0
     (tmp_path / "bad.yaml").write_text("experiment: bad\ndata: [1\n")
-    done = run(str(tmp_path / "bad.yaml"))
+    done = run(tmp_path / "bad.yaml")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "bad.yaml:3" in done.stderr

@@ -440,31 +440,37 @@ def _summary_stages(resolved):
     inputs, outputs = inputs | resolved.runs.model_dump(), dict(scoreboard=f"results/{name}.md")
     yield _stage(resolved, "scoreboard", "", resolved.scoreboard, (), outputs, inputs=inputs)
 
-# %% ../../nbs/0_project/04_plan.ipynb #6f2a9b4b
+# %% ../../nbs/0_project/04_plan.ipynb #f1ab4cd9
 def main(
     argv: list[str] | None = None,  # the command line
 ) -> int:  # 0 all is well, 2 there are problems
-    "`python -m medvlp.project.plan [FILE] [--check]`"
+    "`python -m medvlp.project.plan`, or `python -m medvlp.project.plan --check FILE ...`"
     parser = argparse.ArgumentParser(prog="python -m medvlp.project.plan", description="Check and plan an experiment")
-    parser.add_argument("file", nargs="?", default="params.yaml", help="an experiment (params.yaml)")
-    parser.add_argument("--check", action="store_true", help="check it and write nothing; data need not be there")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--check", nargs="+", metavar="FILE", help="check experiments and write nothing")
+    checked = parser.parse_args(argv).check
     enter_project()
+    if checked:
+        return max(0 if _plan_file(file, need_data=False) else 2 for file in checked)
+    stages = _plan_file("params.yaml", need_data=True)
+    written = {write_stage(stage) for stage in stages}
+    for file in set(Path("plan").glob("*.json")) - written if stages else ():
+        file.unlink()
+    return 0 if stages else 2
+
+
+def _plan_file(file, need_data):
+    "The stages of an experiment; none, with the problems on the terminal, if it has any"
     try:
-        resolved = resolve(arguments.file, need_data=not arguments.check)
+        resolved = resolve(file, need_data)
         stages = plan(resolved)
     except ConfigError as e:
         count = f"{len(e.problems)} problem{'s' * (len(e.problems) > 1)}"
-        print(*e.problems, f"{arguments.file}: {count}", sep="\n", file=sys.stderr)
-        return 2
-    if not arguments.check:
-        written = {write_stage(stage) for stage in stages}
-        for file in set(Path("plan").glob("*.json")) - written:
-            file.unlink()
+        print(*e.problems, f"{file}: {count}", sep="\n", file=sys.stderr)
+        return []
     absent = {options.folder for options in resolved.sets.values() if _is_absent(Path(options.folder))}
     without = f"; to run it, {', '.join(sorted(absent))} must be there" if absent else ""
-    print(f"{arguments.file}: {len(stages)} stages, no problem{without}")
-    return 0
+    print(f"{file}: {len(stages)} stages, no problem{without}")
+    return stages
 
 
 if __name__ == "__main__" and "__file__" in globals():
