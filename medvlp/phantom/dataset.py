@@ -76,8 +76,11 @@ def _mask_image(p: Phantom) -> np.ndarray:  # [H,W] uint8
         out[m] = FINDINGS.index(name) + 1
     return out
 
-# %% ../../nbs/2_phantom/05_dataset.ipynb #6664ce74
-_CARD = """# Phantom chest radiographs
+# %% ../../nbs/2_phantom/05_dataset.ipynb #ae47ae23
+_CARD = """---
+pretty_name: phantom
+---
+# Phantom chest radiographs
 
 Phantom: drawn, not patients. Generator: phantom {generator}, seed {seed}, of medvlp {version}:
 `python -m medvlp.phantom.dataset FOLDER --studies {studies} --seed {seed} --size {size} --quality {quality} \

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['COVID_GROUPS', 'covid_group', 'covid_chestxray']
 
-# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #5250e5d5
-import json
+# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #7318a3ff
 from pathlib import Path
 import pandas as pd
 from ..reports import split_report
-from .base import one_hot
+from .base import one_hot, read_json
 from ..studies import need_columns, read_table
 
 # %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #b11c51aa
@@ -32,12 +31,12 @@ def covid_group(
     finding = finding.lower()
     return next((g for g, words in COVID_GROUPS.items() if any(w in finding for w in words)), "")
 
-# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #2f54f9ec
+# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #d6cf52b0
 def _coco_boxes(path: Path) -> dict:
     "{file name: boxes as in notebook 00_studies} from a COCO file; nothing if there is no such file"
     if not path.is_file():
         return {}
-    coco = json.loads(path.read_text())
+    coco = read_json(path)
     files = {i["id"]: i["file_name"] for i in coco["images"]}
     names = {c["id"]: c["name"].lower().replace(" ", "_") for c in coco["categories"]}
     boxes = {f: [] for f in files.values()}
@@ -46,7 +45,7 @@ def _coco_boxes(path: Path) -> dict:
         boxes[files[a["image_id"]]].append(dict(label=names[a["category_id"]], box=[x, y, x + w, y + h]))
     return boxes
 
-# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #7f0aa486
+# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #66e24307
 _NEEDED = ["patientid", "finding", "view", "modality", "folder", "filename", "clinical_notes"]
 
 
@@ -68,16 +67,31 @@ def _covid_row(folder, row, extra, boxes):
     )
     return study | {k: v for k, v in row.items() if k not in study}
 
-# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #744e7146
+
+def _read_splits(path):
+    "{file name: row} of splits.csv; nothing if there is no such file"
+    if not path.is_file():
+        return {}
+    table = read_table(path)
+    need_columns(table, ["filename"])
+    return {row["filename"]: row for row in table.to_dict("records")}
+
+# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #b547cf57
 def covid_chestxray(
     folder: str | Path,  # contains metadata.csv and images/
 ) -> pd.DataFrame:  # canonical columns, then the other columns of metadata.csv; radiographs only, no CT
     "Read Cohen's COVID chest X-ray collection"
     folder = Path(folder)
-    rows = read_table(folder / "metadata.csv")
-    need_columns(rows, _NEEDED, folder / "metadata.csv")
-    splits = folder / "splits.csv"
-    extra = {r["filename"]: r for r in read_table(splits)} if splits.is_file() else {}
+    table = read_table(folder / "metadata.csv")
+    need_columns(table, _NEEDED)
+    extra = _read_splits(folder / "splits.csv")
     boxes = _coco_boxes(folder / "lung_boxes_coco.json")
-    rows = [r for r in rows if r["modality"].lower() == "x-ray"]
-    return pd.DataFrame([_covid_row(folder, r, extra.get(r["filename"], {}), boxes) for r in rows])
+    table = table[table.modality.str.lower() == "x-ray"]
+    rows = [_covid_row(folder, r, extra.get(r["filename"], {}), boxes) for r in table.to_dict("records")]
+    studies = pd.DataFrame(rows, table.index)
+    studies.attrs = table.attrs | dict(
+        title="COVID chest X-rays (Cohen et al.)",
+        keys=dict(study_id="filename", patient_id="patientid"),
+        image_path=f"{folder} / folder (or images) / filename",
+    )
+    return studies

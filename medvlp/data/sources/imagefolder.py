@@ -5,14 +5,26 @@
 # %% auto #0
 __all__ = ['imagefolder']
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #ebf94c6a
-import json
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #e69af1f0
+import json, re
 from pathlib import Path
 import pandas as pd
+from huggingface_hub.repocard import metadata_load
+from yaml import YAMLError
 from ..reports import split_report
-from ..studies import COLUMNS, StudyError, need_columns, read_table
+from medvlp.data.studies import (
+    COLUMNS,
+    StudyError,
+    check_filled,
+    check_unique,
+    closest,
+    need_columns,
+    place,
+    read_table,
+    short,
+)
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #d193c68a
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #241d43d3
 def _parse_label(text, place):
     "1, 0, -1 or None from a cell of a label column"
     if text.strip() == "":
@@ -23,7 +35,7 @@ def _parse_label(text, place):
         value = None
     if value not in (1, 0, -1):
         rule = "A label is 1 (present), 0 (absent), -1 (uncertain) or empty (unknown)."
-        raise StudyError(f"{place} is {text!r}. {rule}")
+        raise StudyError(f"{place} is {short(text)!r}. {rule}")
     return int(value)
 
 # %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #483b6a60
@@ -39,7 +51,7 @@ def _parse_json(text, place, keys):
         raise StudyError(f"{place} must be a JSON list of objects with the keys {', '.join(keys)}.")
     return items
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #77070036
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #19beaec1
 def _is_box(box):
     "Whether this is [x0, y0, x1, y1] with x0 < x1 and y0 < y1"
     numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
@@ -52,46 +64,118 @@ def _parse_boxes(text, place):
     for o in boxes:
         if not _is_box(o["box"]):
             rule = "Give [x0, y0, x1, y1] in pixels of the image, with x0 < x1 and y0 < y1."
-            raise StudyError(f"{place}: {o['box']} is not a box. {rule}")
+            raise StudyError(f"{place}: {short(str(o['box']))} is not a box. {rule}")
     return boxes
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #9015796f
-_PARSED = {*COLUMNS, "file_name", "mask_file_name", "report"}
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #0a2bf3fc
+_CONTENT = ["findings", "impression", "report", "questions"]
+_READ = ["file_name", "patient_id", *_CONTENT, "study_id", "view", "split", "boxes", "mask_file_name"]
 
 
-def _read_row(folder, row, line):
+def _is_label(name):
+    return name.startswith("label_") and len(name) > len("label_")
+
+
+def _hint(name):
+    "What a column that is not read may have been meant to be"
+    label = re.fullmatch(r"labels?(?:[\W_]+(\w+))?", name, re.IGNORECASE)
+    close = f"label_{(label[1] or 'NAME')}" if label else closest(name, _READ)
+    return f' (did you mean "{close}"?)' if close else ""
+
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #dd8c9501
+def _check_columns(table: pd.DataFrame) -> None:
+    "Raise `StudyError` unless there are images, patients, and something to learn"
+    need_columns(table, ["file_name", "patient_id"])
+    if any(name in _CONTENT or _is_label(name) for name in table):
+        return
+    columns = ", ".join(short(name) + _hint(name) for name in table)
+    needed = "no column findings, impression, report, questions or label_NAME: one of them is needed"
+    raise StudyError(f"{table.attrs['file']}: {needed}. The columns are: {columns}.")
+
+
+def _unread(table: pd.DataFrame) -> list[str]:
+    "A note on the columns that are no part of a study"
+    names = [short(name) + _hint(name) for name in table if name and name not in _READ and not _is_label(name)]
+    return [f"metadata.csv: columns that only the option `where` can use: {', '.join(names)}"] if names else []
+
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #757c093a
+def _has_ids(table: pd.DataFrame) -> bool:
+    return "study_id" in table and table.study_id.str.strip().any()
+
+
+def _study_ids(table: pd.DataFrame) -> pd.Series:
+    "An identifier for each row: study_id, with the file's name behind it where a study has several images"
+    if not _has_ids(table):
+        return table.file_name
+    study = table.groupby("study_id")
+    several = (study.study_id.transform("size") > 1) & (study.patient_id.transform("nunique") == 1)
+    several &= table.study_id.str.strip() != ""
+    return table.study_id.where(~several, table.study_id + "/" + table.file_name)
+
+
+def _several(table: pd.DataFrame, ids: pd.Series) -> list[str]:
+    "A note on studies of several images"
+    if not _has_ids(table):
+        return []
+    rows = table.study_id[ids != table.study_id]
+    count = f"studies with several images: {rows.nunique()}; their {len(rows)} rows are called study_id/file_name"
+    return [f"metadata.csv: {count}"] if len(rows) else []
+
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #72838abf
+def _card_title(folder: Path) -> str:
+    "The `pretty_name` of the folder's dataset card, or nothing"
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    try:
+        facts = metadata_load(card) or {}
+    except (ValueError, YAMLError):
+        remedy = "Correct it, or remove both lines."
+        raise StudyError(f"{card}: what stands between the two lines --- at its top is not YAML. {remedy}") from None
+    return str(facts.get("pretty_name") or "").strip()
+
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #1419df8f
+def _read_text(row):
+    "The two sections of a report"
+    sections = {k: row.get(k, "") for k in ("findings", "impression")}
+    return sections | (split_report(row["report"]) if row.get("report") else {})
+
+
+def _read_row(folder, row, where):
     "One row of metadata.csv in the canonical columns, then the columns that nothing else uses"
-    place = f"{folder / 'metadata.csv'}, line {line}"
-    labels = {k[6:]: _parse_label(v, f"{place}, {k}") for k, v in row.items() if k.startswith("label_")}
-    text = {k: row.get(k, "") for k in ("findings", "impression")}
-    if row.get("report"):
-        text |= split_report(row["report"])
+    labels = {k[6:]: _parse_label(v, f"{where}, {k}") for k, v in row.items() if _is_label(k)}
     study = dict(
-        study_id=row.get("study_id") or row["file_name"],
-        patient_id=row["patient_id"],
+        study_id=row["study_id"],
+        patient_id=row["patient_id"].strip(),
         image=str(folder / row["file_name"]),
-        view=row.get("view", "").upper(),
-        **text,
+        view=row.get("view", "").strip().upper(),
+        **_read_text(row),
         split=row.get("split", ""),
         labels={k: v for k, v in labels.items() if v is not None},
-        boxes=_parse_boxes(row.get("boxes", ""), f"{place}, boxes"),
+        boxes=_parse_boxes(row.get("boxes", ""), f"{where}, boxes"),
         mask=str(folder / row["mask_file_name"]) if row.get("mask_file_name") else "",
-        questions=_parse_json(row.get("questions", ""), f"{place}, questions", ("question", "answer")),
+        questions=_parse_json(row.get("questions", ""), f"{where}, questions", ("question", "answer")),
     )
-    return study | {k: v for k, v in row.items() if k not in _PARSED and not k.startswith("label_")}
+    return study | {k: v for k, v in row.items() if not _is_label(k) and k not in (*_READ, *COLUMNS)}
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #22f8ef44
-_CONTENT = {"findings", "impression", "report", "questions"}
-
-
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #f722f3da
 def imagefolder(
     folder: str | Path,  # contains metadata.csv and the images that it names
-) -> pd.DataFrame:  # canonical columns, then the other columns of metadata.csv; one row per study
+) -> pd.DataFrame:  # canonical columns, then the other columns of metadata.csv; one row per image
     "Read Hugging Face's ImageFolder layout; `StudyError` names the line and column at fault"
     folder = Path(folder)
-    path = folder / "metadata.csv"
-    rows = read_table(path)
-    need_columns(rows, ["file_name", "patient_id"], path)
-    if not any(name in _CONTENT or name.startswith("label_") for name in rows[0]):
-        need_columns(rows, ["findings, impression, report, questions or label_<name>"], path)
-    return pd.DataFrame([_read_row(folder, row, line) for line, row in enumerate(rows, 2)])
+    table = read_table(folder / "metadata.csv")
+    _check_columns(table)
+    check_filled(table, "file_name")
+    check_unique(table, "file_name", "Give each image one row.")
+    ids = _study_ids(table)
+    keys = {} if _has_ids(table) else {"study_id": "file_name"}
+    rows = table.assign(study_id=ids).to_dict("records")
+    studies = pd.DataFrame([_read_row(folder, r, place(table, i)) for i, r in zip(table.index, rows)], table.index)
+    studies.attrs = table.attrs | dict(
+        keys=keys,
+        title=_card_title(folder),
+        image_path=f"{folder} / file_name",
+        notes=_unread(table) + _several(table, ids),
+    )
+    return studies

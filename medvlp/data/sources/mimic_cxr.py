@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['mimic_cxr']
 
-# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #9c53f7b5
+# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #f132297e
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 from ..reports import split_report
-from ..studies import COLUMNS, StudyError
+from ..studies import COLUMNS, StudyError, check_unique, need_columns
 
-# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #b1c47c28
+# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #1529dbcb
 def _read_table(
     folder: Path,  # of MIMIC-CXR-JPG
     name: str,  # split, metadata or chexpert
@@ -24,9 +24,12 @@ def _read_table(
     path = next((p for p in (stem, Path(f"{stem}.gz")) if p.is_file()), None)
     if path is None:
         raise StudyError(f"{stem}[.gz]: no such file. It comes with MIMIC-CXR-JPG 2.0.0, beside the folder files/.")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if missing := set(columns) - set(table):
-        raise StudyError(f"{path}: no column {', '.join(sorted(missing))}. The columns are: {', '.join(table)}.")
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (ValueError, OSError, EOFError) as e:
+        raise StudyError(f"{path}: cannot be read: {' '.join(str(e).split())}. Download it again.") from None
+    table.attrs["file"] = str(path)
+    need_columns(table, columns)
     return table
 
 # %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #f1f8f255
@@ -65,19 +68,23 @@ def _read_reports(
         raise StudyError(f"{paths[0]}: no such file, nor any other report in {folder}. {remedy}")
     return found
 
-# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #86d44944
+# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #e9a06618
 def _read_rows(folder: Path) -> pd.DataFrame:
-    "The split and metadata tables joined, one row per image"
+    "The split and metadata tables joined, one row per image; the index is the line of the split table"
     splits = _read_table(folder, "split", ["dicom_id", "study_id", "subject_id", "split"])
     metadata = _read_table(folder, "metadata", ["dicom_id", "ViewPosition"])
     metadata = metadata.drop(columns=["study_id", "subject_id"], errors="ignore")
-    return splits.merge(metadata, on="dicom_id", validate="1:1")
+    for table in (splits, metadata):
+        check_unique(table, "dicom_id", "Download the table again.")
+    rows = splits.assign(line=range(2, len(splits) + 2)).merge(metadata, on="dicom_id").set_index("line")
+    rows.attrs = splits.attrs
+    return rows
 
 
 def _study_path(folder, study, patient):
     return folder / "files" / f"p{patient[:2]}" / f"p{patient}" / f"s{study}"
 
-# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #913a5913
+# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #409b4dc1
 def mimic_cxr(
     folder: str | Path,  # contains the three tables and files/
 ) -> pd.DataFrame:  # canonical columns, then those of the split and metadata tables; one row per image
@@ -102,4 +109,10 @@ def mimic_cxr(
         mask="",
         questions=[[] for _ in paths],
     )
-    return studies[[*COLUMNS, *(c for c in rows if c not in COLUMNS)]]
+    studies = studies[[*COLUMNS, *(c for c in rows if c not in COLUMNS)]]
+    studies.attrs = rows.attrs | dict(
+        title="MIMIC-CXR",
+        keys=dict(study_id="dicom_id", patient_id="subject_id"),
+        image_path=f"{folder} / files / pNN / pSUBJECT / sSTUDY / DICOM.jpg",
+    )
+    return studies

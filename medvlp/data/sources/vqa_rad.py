@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['vqa_rad']
 
-# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #80926d1e
-import json
+# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #0c055a02
 from pathlib import Path
 import pandas as pd
-from .base import one_hot
+from .base import one_hot, read_json
 from ..studies import StudyError
 
-# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #466f9a9c
+# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #fbeef8e6
 _KEYS = ["image_name", "question", "answer", "answer_type", "question_type"]
 
 
@@ -32,7 +31,7 @@ def _read_questions(path: Path) -> list[dict]:
     "The questions of one part as they are in the file"
     if not path.is_file():
         raise StudyError(f"{path}: no such file. VQA-RAD needs trainset.json, testset.json and images/.")
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows = read_json(path)
     for i, row in enumerate(rows):
         if missing := set(_KEYS) - set(row):
             raise StudyError(f"{path}, question {i + 1}: no {', '.join(sorted(missing))}")
@@ -57,7 +56,7 @@ def _study(folder, image, questions):
         image_organ=organ,
     )
 
-# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #0b8914f8
+# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #4d0424a7
 def vqa_rad(
     folder: str | Path,  # contains trainset.json, testset.json and images/
 ) -> pd.DataFrame:  # canonical columns, then image_organ; each question also has `split`
@@ -67,4 +66,11 @@ def vqa_rad(
     for split in ("train", "test"):
         for row in _read_questions(folder / f"{split}set.json"):
             by_image.setdefault(row["image_name"], []).append(_question(row, split))
-    return pd.DataFrame([_study(folder, image, questions) for image, questions in by_image.items()])
+    studies = pd.DataFrame([_study(folder, image, questions) for image, questions in by_image.items()])
+    studies.attrs = dict(
+        file=str(folder),
+        title="VQA-RAD",
+        keys=dict(study_id="image_name", patient_id="image_name"),
+        image_path=f"{folder} / images / image_name",
+    )
+    return studies
