@@ -186,7 +186,7 @@ def _check_method(kind, name, experiment, file, where):
     _build(options, where)
     return options
 
-# %% ../../nbs/0_project/04_plan.ipynb #548ef5f9
+# %% ../../nbs/0_project/04_plan.ipynb #e7d052de
 class _Task(Options):
     "A task of an experiment"
 
@@ -214,21 +214,41 @@ def _check_tasks(problems, experiment, runs, file):
         )
         if options is not None:
             tasks[task] = _Task(data=sets, methods=methods, options=options)
+            problems += _prompt_problems(_prompts(options), [])
     return tasks
 
-# %% ../../nbs/0_project/04_plan.ipynb #274a3802
+
+def _prompts(options):
+    "The file of prompts of a task; empty for none"
+    return options.zero_shot.prompts if hasattr(options, "zero_shot") else ""
+
+
+def _prompt_problems(file, labels):
+    "What is wrong with a file of prompts, and which of its findings is a misspelt label"
+    try:
+        if file:
+            importlib.import_module("medvlp.tasks.zero_shot").read_prompts(file, labels)
+    except ConfigError as e:
+        return e.problems
+    return []
+
+# %% ../../nbs/0_project/04_plan.ipynb #fbeaeb0f
 def _needs(experiment, name, tasks, methods):
     "What the tasks need of a study set: labels, sections of its reports, and files of prompts that fit its labels"
     labels, sections, prompts = [], [], []
     for task in tasks.values():
         if name in task.data and task.methods:
-            prompts += [task.options.zero_shot.prompts] if hasattr(task.options, "zero_shot") else []
+            prompts.append(_prompts(task.options))
             labels += _named(getattr(getattr(task.options, "retrieval", None), "classes", "auto"))
             sections += [_named(getattr(task.options, "sections", "auto"))]
     if name in experiment.pretrain.get("data", []):
         sections += [list(options.sections) for options in methods.values() if options.epochs]
     wanted = dict.fromkeys(tuple(names) for names in sections if names)
-    return dict(labels=list(dict.fromkeys(labels)), sections=[list(names) for names in wanted], prompts=prompts)
+    return dict(
+        labels=list(dict.fromkeys(labels)),
+        sections=[list(names) for names in wanted],
+        prompts=list(filter(None, prompts)),
+    )
 
 
 def _named(names):
@@ -250,31 +270,21 @@ def check_manifest(
         counts = manifest["sections"].get(split, {})
         if any(counts.values()) and not any(counts.get(section) for section in sections):
             problems.append(f"{where}: no report of the {split} split has text under {' or '.join(sections)}")
-    for file in filter(None, needs["prompts"]):
+    for file in needs["prompts"]:
         problems += _prompt_problems(file, list(manifest["labels"]))
     if problems:
         raise ConfigError(*problems)
 
-
-def _prompt_problems(file, labels):
-    "What is wrong with a file of prompts, and which of its findings is a misspelt label"
-    try:
-        importlib.import_module("medvlp.tasks.zero_shot").read_prompts(file, labels)
-    except ConfigError as e:
-        return e.problems
-    return []
-
-# %% ../../nbs/0_project/04_plan.ipynb #d6db3f30
+# %% ../../nbs/0_project/04_plan.ipynb #3cc5650d
 def _check_prepared(problems, name, options, needs, file):
-    "Check a set that has been prepared from the same folder in the same way; of others, the files of prompts"
+    "Check a set that has been prepared from the same folder in the same way"
     path = Path("prepared", name, "manifest.json")
-    manifest = json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return
+    manifest = json.loads(path.read_text())
     if all(manifest.get(key) == getattr(options, key) for key in ("source", "folder", "where")):
         labels = list(dict.fromkeys([*options.labels, *needs["labels"]]))
         problems.catch(check_manifest, manifest, needs | dict(labels=labels), f"{file}: data.{name}")
-    else:
-        for prompts in filter(None, needs["prompts"]):
-            problems += _prompt_problems(prompts, options.labels)
 
 # %% ../../nbs/0_project/04_plan.ipynb #1f104795
 def check_corpus(
@@ -410,7 +420,7 @@ def _task_stages(resolved):
                 model=f"models/{name}/{method}-{seed}",
                 labels=resolved.sets[data].labels,
             )
-            outputs = dict(scores=f"scores/{name}/{kind}/{run}.csv", metrics=f"results/{name}/{kind}/{run}.json")
+            outputs = dict(scores=f"scores/{name}/{kind}/{run}.csv")
             if hasattr(task.options, "encoder_learning_rate"):  # a task that trains saves its model
                 outputs |= dict(model=f"fitted/{name}/{kind}/{run}", checkpoints="checkpoints")
             modules = [f"medvlp.methods.{options.method}"]
