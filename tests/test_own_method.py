@@ -7,6 +7,7 @@ import pytest
 from execnb.nbio import mk_cell, new_nb, read_nb, write_nb
 from omegaconf import OmegaConf
 
+from medvlp.tasks.metrics.scores import load_scores
 from toy_project import ROOT, ToyProject
 
 
@@ -58,8 +59,8 @@ def test_the_page_makes_a_method(project):
     curve = project.folder / "curves/toy/sigmoid-0/plots/metrics/train/pairs.tsv"
     assert len(curve.read_text().splitlines()) > 2
     project.stage("evaluate", "toy-sigmoid-0")
-    scores = json.loads((project.folder / "results/toy/evaluate/toy-sigmoid-0.json").read_text())
-    assert "AUROC 100 %" in scores["probe"]
+    scores = load_scores(project.folder / "scores/toy")
+    assert "AUROC 100 %" in set(scores.metric[scores.task == "probe"])
 
 
 def test_its_own_tests_pass_on_what_was_exported(project):

@@ -1,6 +1,5 @@
 """Sets that are too small or lack something: a task gives a reason or NaN with a note, never a traceback"""
 
-import json
 import warnings
 from functools import cache
 
@@ -15,7 +14,7 @@ from medvlp.data.tokens import train_tokenizer
 from medvlp.methods.base import build_method
 from medvlp.project.config import ConfigError
 from medvlp.tasks.evaluate import EvaluateOptions, evaluate
-from medvlp.tasks.metrics.scores import load_scores, save_scores
+from medvlp.tasks.metrics.scores import load_scores, save_results
 from medvlp.tasks.probe import ProbeOptions
 from medvlp.tasks.retrieval import RetrievalOptions
 from medvlp.tasks.zero_shot import ZeroShotOptions
@@ -106,15 +105,14 @@ def results(mpma, options):
 def test_a_reason_or_a_note(name, results, tmp_path):
     results = results(name)
     assert list(results) == TASKS
-    for task, (scores, _, reason) in results.items():
+    for task, (scores, _, reason, _) in results.items():
         assert bool(reason) == (not len(scores)) and "\n" not in reason, task
         unexplained = scores[scores.value.isna() & (scores.note == "")]
         assert not len(unexplained), f"{task}: {unexplained.metric.tolist()}"
         assert scores.metric.is_unique, task
-        facts = dict(experiment="small", task=task, data="set", method="mpma", seed=0)
-        save_scores(scores, tmp_path / task / "set-mpma-0.csv", reason=reason, **facts)
-        metrics = json.loads((tmp_path / task / "set-mpma-0.json").read_text())
-        assert not reason or metrics == dict(reason=reason)
+    facts = dict(experiment="small", data="set", method="mpma", seed=0)
+    saved = save_results(results, tmp_path / "set-mpma-0.csv", **facts)
+    assert list(saved.note[saved.metric == ""]) == [r.reason for r in results.values() if r.reason]
     assert len(load_scores(tmp_path)) == sum(len(r.scores) for r in results.values())
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeInt
 from ..figures.style import PALETTE, figure_style, message_figure, save
 from ..project.config import Fraction, Options, did_you_mean
 from ..tasks.metrics.intervals import Estimate
-from ..tasks.metrics.scores import SCORES, load_scores
+from ..tasks.metrics.scores import SCORES, load_scores, save_metrics
 
 # %% ../../nbs/tables/00_scoreboard.ipynb #411fd946
 TaskMetric = Annotated[list[str], Field(min_length=2, max_length=2)]
@@ -284,6 +284,7 @@ class Scoreboard(NamedTuple):
     markdown: str  # tables and a caption, or one sentence where there are no scores
     summary: pd.DataFrame  # of all metrics: `summarise` with the column `best`
     figure: plt.Figure
+    scores: pd.DataFrame  # that the summary is of
 
 
 def scoreboard(
@@ -305,7 +306,7 @@ def scoreboard(
         text = f"The experiment {experiment} has no scores to show yet."
         figure = message_figure(text)
     notes = _notes(scores, methods, seeds, options.metrics)
-    return Scoreboard("\n\n".join([text, *notes]) + "\n", summary, figure)
+    return Scoreboard("\n\n".join([text, *notes]) + "\n", summary, figure, scores)
 
 # %% ../../nbs/tables/00_scoreboard.ipynb #8ac09de5
 def _read(folder, titles, methods, seeds):
@@ -351,9 +352,10 @@ def save_scoreboard(
     board: Scoreboard,
     path: str | Path,  # of the Markdown file, e.g. results/demo.md
 ) -> None:
-    "Write the tables as Markdown, and beside them the summary as CSV and the figure as PNG"
+    "Write the tables as Markdown, beside them the summary (CSV), the figure (PNG) and the headline numbers (JSON)"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(board.markdown)
     board.summary.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6f")
     save(board.figure, path.with_suffix(".png"))
+    save_metrics(board.scores, path.with_suffix(""))

@@ -519,7 +519,8 @@ def answer(  # noqa: F811, the method of AnswerModel has the same name
     answered = parts["test"].assign(**found)
     answered.to_csv(output / "answers.csv", index=False)
     result = answer_table(answered, parts["train"], options.n_resamples)
-    return TaskResult(answer_scores(result, _left_out(table, parts, tokenizer, options)), result)
+    scores = answer_scores(result, _left_out(table, parts, tokenizer, options))
+    return TaskResult(scores, result, headline={"accuracy": "VQA accuracy"})
 
 
 def _left_out(table, parts, tokenizer, options):

@@ -197,4 +197,5 @@ def finetune(
     protocol = dict(fractions=options.fractions, subset_seeds=options.subset_seeds, n_resamples=options.n_resamples)
     known = labels.to_numpy(float), split, studies["patient_id"][:], list(labels)
     table = few_labels_table(score, *known, **protocol, measures=("AUROC", "accuracy"))
-    return TaskResult(probe_scores(table), table)
+    largest = f"AUROC {100 * max(options.fractions):g} %"
+    return TaskResult(probe_scores(table), table, headline={largest: "fine-tuned"})
