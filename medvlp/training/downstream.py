@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DownstreamOptions', 'Examples', 'stored_size', 'split_studies', 'parameter_groups', 'DownstreamTrainer', 'fit']
 
-# %% ../../nbs/8_training/02_downstream.ipynb #52fb40d5
+# %% ../../nbs/8_training/02_downstream.ipynb #4f699415
 import hashlib, json, shutil
 from pathlib import Path
 import numpy as np, torch
@@ -17,8 +17,8 @@ from transformers.utils import logging
 from ..data.batches import AddressedSampling, EpochSampler, StudyDataset, resolve_device, resolve_workers
 from ..data.images import eval_transform, train_transform
 from ..encoders.pretrained import DownstreamConfig, DownstreamModel
-from ..project.config import ComputeOptions, Fraction, Options
-from .loop import EarlyStopping, Guard, Progress, last_checkpoint, resolve_precision, run_key
+from ..project.config import ComputeOptions, ConfigError, Fraction, Options
+from .loop import EarlyStopping, Guard, Progress, Timer, resolve_precision, resume, run_key
 
 # %% ../../nbs/8_training/02_downstream.ipynb #396ed6c0
 class DownstreamOptions(Options):
@@ -126,7 +126,7 @@ def _budget(n, options):
     every = -(-steps // options.epochs)
     return every * options.epochs, every
 
-# %% ../../nbs/8_training/02_downstream.ipynb #cdb17cf8
+# %% ../../nbs/8_training/02_downstream.ipynb #f025303d
 def _arguments(folder, n, options, seed, compute, has_val):
     "The options as arguments of Trainer"
     args = TrainingArguments(
@@ -155,7 +155,8 @@ def _arguments(folder, n, options, seed, compute, has_val):
 def _schedule(n, options, has_val):
     "Steps, checkpoints and evaluations"
     steps, every = _budget(n, options)
-    saving = dict(max_steps=steps, save_strategy="steps", save_steps=every, save_total_limit=1)
+    saving = dict(max_steps=steps, save_strategy="steps", save_steps=every)
+    saving |= dict(save_total_limit=3 if has_val else 2)  # the newest two, and the best
     if not has_val:
         return saving
     best = dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False)
@@ -173,7 +174,7 @@ def _machine(compute):
         dataloader_pin_memory=device != "cpu",
     )
 
-# %% ../../nbs/8_training/02_downstream.ipynb #e916aa91
+# %% ../../nbs/8_training/02_downstream.ipynb #f64a1685
 class DownstreamTrainer(AddressedSampling, Trainer):
     "transformers' Trainer with two learning rates, addressed sampling, early stopping and one progress bar"
 
@@ -192,7 +193,7 @@ class DownstreamTrainer(AddressedSampling, Trainer):
     ):
         self.options, has_val = options, bool(val is not None and len(val))
         args = _arguments(folder, len(train), options, seed, compute, has_val)
-        callbacks = [Guard(), Progress(title), EarlyStopping(options.patience)]
+        callbacks = [Timer(compute.checkpoint_minutes), Guard(), Progress(title), EarlyStopping(options.patience)]
         super().__init__(model, args, collate, train, val if has_val else None, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
 
@@ -205,7 +206,7 @@ class DownstreamTrainer(AddressedSampling, Trainer):
         epoch = super()._get_train_sampler(dataset).epoch
         return _PairSampler(len(self.train_dataset), self.args.train_batch_size, self.args.seed, epoch)
 
-# %% ../../nbs/8_training/02_downstream.ipynb #4541a314
+# %% ../../nbs/8_training/02_downstream.ipynb #81cef995
 def fit(
     model: DownstreamModel,  # with its new layers freshly drawn; trained in place
     train: Examples,
@@ -220,7 +221,7 @@ def fit(
 ) -> DownstreamModel:  # the same model in evaluation mode
     "Train a model on pre-trained encoders, resuming an interrupted training of the same settings"
     if len(train) < 2:
-        raise ValueError(f"{title}: training studies: {len(train)}, but at least 2 are needed")
+        raise ConfigError(f"{title}: training studies: {len(train)}, but at least 2 are needed")
     model.freeze(options.encoder_learning_rate == 0)
     key = _key(model, train, val, options, collate, seed, compute)
     folder = Path(checkpoints) / f"{model.config.model_type}-{seed}-{key}"
@@ -228,7 +229,7 @@ def fit(
     trainer = DownstreamTrainer(
         model, train, val, options, collate=collate, seed=seed, compute=compute, folder=folder, title=title
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    resume(trainer)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # predictions are in float32
     shutil.rmtree(folder, ignore_errors=True)
     return model.eval()
