@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest
 from PIL import Image
 import small
 from medvlp.data import prepare as data_prepare
-from medvlp.data.prepare import DataOptions, check_writable, load_studies
+from medvlp.data.prepare import DataOptions, check_writable, load_studies, read_manifest
 from medvlp.data.studies import StudyError
 from medvlp.project.config import ConfigError, validate
 
@@ -75,13 +75,13 @@ def test_cmyk_jpeg_becomes_grey(studies):
 
 def test_duplicate_study_id(studies):
     edit(studies, lambda t: t.assign(study_id=t.study_id.replace("s7", "s3")))
-    with pytest.raises(StudyError, match=r"study_id 's3' occurs in rows 4, 8"):
+    with pytest.raises(StudyError, match=r"metadata.csv: study_id 's3' occurs in lines 5, 9\. Give each"):
         prepare(studies)
 
 
 def test_patient_in_two_splits(studies):
     edit(studies, lambda t: t.assign(patient_id=t.patient_id.replace("p47", "p0")))
-    with pytest.raises(StudyError, match=r"patient 'p0' is in train \(row 1\), test \(row 48\).*one split"):
+    with pytest.raises(StudyError, match=r"patient_id 'p0' is in train \(line 2\) and test \(line 49\)\..*one split"):
         prepare(studies)
 
 
@@ -116,6 +116,150 @@ def test_metadata_without_a_needed_column(studies):
         prepare(studies)
 
 
+def cells(column, value, row=3):
+    "A change: one cell of a column has another value; every report has three lines, so this row begins at line 11"
+    texts = dict(findings="A field\nof one\ngrey level.")
+    return lambda t: t.assign(**texts | {column: t[column].where(t.index != row, value)})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (cells("patient_id", " "), "metadata.csv, line 11: patient_id is empty"),
+        (cells("patient_id", "M\ufffdller"), "line 11: patient_id 'M\ufffdller' is not UTF-8"),
+        (cells("study_id", ""), "line 11: study_id is empty"),
+        (cells("file_name", ""), "line 11: file_name is empty"),
+        (cells("file_name", "images/000.png"), r"file_name 'images/000.png' occurs in lines 2, 11\."),
+        (cells("split", "trian"), "line 11: split is 'trian'. Use train, val or test"),
+        (cells("split", ""), "line 11: split is empty, others are not"),
+        (cells("label_bright", "yes"), "line 11, label_bright is 'yes'. A label is 1"),
+        (lambda t: cells("boxes", '[{"label": ')(t.assign(boxes="")), "line 11, boxes is not JSON.*character 12"),
+        (lambda t: cells("boxes", '[{"label": "a", "box": [9, 0, 1, 2]}]')(t.assign(boxes="")), "is not a box"),
+        (lambda t: cells("questions", '[{"question": "?"}]')(t.assign(questions="")), "keys question, answer"),
+        (lambda t: t.rename(columns=dict(patient_id="PatientID")), 'Rename "PatientID" to patient_id\\?'),
+        (lambda t: t[["file_name", "patient_id"]].assign(Report="A"), r'Report \(did you mean "report"\?\)'),
+        (lambda t: t.head(0), "no rows below the header"),
+    ],
+)
+def test_mistake_in_a_cell_or_column_is_one_line(studies, change, message):
+    edit(studies, change)
+    with pytest.raises(StudyError, match=message) as caught:
+        prepare(studies)
+    assert "\n" not in str(caught.value) and str(studies / "metadata.csv") in str(caught.value)
+
+
+def rewrite(**options):
+    return lambda path: pd.read_csv(path, dtype=str).to_csv(path, index=False, **options)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (rewrite(sep=";"), "line 1: the fields are separated by semicolons"),
+        (rewrite(sep="\t"), "line 1: the fields are separated by tabs"),
+        (rewrite(encoding="utf-16"), "this is UTF-16"),
+        (rewrite(header=False), "Line 1 has to hold the names of columns"),
+        (lambda p: p.write_bytes(b"PK\3\4"), "this is a workbook"),
+        (lambda p: p.write_bytes(b"\n"), "the file is empty"),
+        (
+            lambda p: p.write_text(p.read_text().replace("A dark", "A, dark", 1)),
+            "line 3: the header has 8 fields, this",
+        ),
+        (lambda p: p.write_text(p.read_text().replace("A dark", '"A dark', 1)), "line 3: unexpected end of data"),
+        (lambda p: p.rename(p.with_suffix(".jsonl")), "no such file. The folder holds images/, metadata.jsonl"),
+    ],
+)
+def test_file_that_cannot_be_read_is_one_line(studies, change, message):
+    change(studies / "metadata.csv")
+    with pytest.raises(StudyError, match=message) as caught:
+        prepare(studies)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_images_say_how_their_path_is_built(studies):
+    edit(studies, lambda t: t.assign(file_name=t.file_name.str.removeprefix("images/")))
+    with pytest.raises(StudyError, match=r"48 x no such file \(e.g. .*data/000.png\)\. .* is .*data / file_name"):
+        prepare(studies)
+
+
+def test_no_message_quotes_a_report(studies, capsys):
+    secret = "Suspicious mass in the left upper lobe."
+    edit(studies, lambda t: t.assign(findings=secret, label_bright=t.label_bright.where(t.index != 3, secret)))
+    with pytest.raises(StudyError, match="label_bright is 'a text of 39 characters'"):
+        prepare(studies)
+    edit(studies, lambda t: t.assign(label_bright="1", impression=secret, study_id="", boxes="").drop(columns="view"))
+    with pytest.raises(StudyError) as caught:
+        prepare(studies, where={"findings": "x"})
+    assert secret not in str(caught.value)
+    prepare(studies)
+    files = (studies.parent / "prepared" / "levels").glob("*.[cj]s*")
+    assert secret not in capsys.readouterr().out + "".join(f.read_text() for f in files)
+
+
+def remarks(studies, capsys, change=lambda t: t, **options):
+    "The lines that prepare prints, and the manifest"
+    edit(studies, change)
+    capsys.readouterr()
+    prepare(studies, **options)
+    return capsys.readouterr().out, read_manifest(studies.parent / "prepared" / "levels")
+
+
+def test_unread_columns_are_listed(studies, capsys):
+    out, _ = remarks(studies, capsys, lambda t: t.assign(year="2020", finding="x", Label_Mass="1"))
+    assert 'only the option `where` can use: year, finding (did you mean "findings"?), Label_Mass' in out
+    assert len([line for line in out.splitlines() if "year" in line]) == 1
+
+
+def test_several_images_of_a_study(studies, capsys):
+    pairs = dict(study_id=[f"s{i // 2}" for i in range(48)], patient_id=[f"p{i // 4}" for i in range(48)])
+    out, manifest = remarks(studies, capsys, lambda t: t.assign(**pairs).drop(columns="split"))
+    assert "studies with several images: 24; their 48 rows" in out and "48 images of 12 patients" in out
+    assert sum(s["patients"] for s in manifest["splits"].values()) == 12
+    prepared = load_studies(studies.parent / "prepared" / "levels")
+    assert prepared["study_id"][:2] == ["s0/images/000.png", "s0/images/001.png"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.drop(columns="split").head(5), "the split that was drawn leaves test empty (5 patients)"),
+        (lambda t: t.drop(columns="split").assign(patient_id="p"), "a single patient: everything is in test"),
+        (lambda t: t.drop(columns="split").head(1), "a single patient: everything is in train"),
+        (lambda t: t.assign(split="test"), "no study is in train: nothing can be trained"),
+        (lambda t: t.drop(columns="label_bright"), "no study has labels"),
+        (lambda t: t.drop(columns=["findings", "impression"]), "no study has a report"),
+        (lambda t: t, "test: bright (4 positive, 4 negative)\n"),
+        (
+            lambda t: t.assign(label_bright=t.label_bright.where(t.index < 9, "")),
+            "train: bright (4 positive, 5 negative)",
+        ),
+    ],
+)
+def test_small_and_odd_sets_are_prepared_with_a_remark(studies, capsys, change, message):
+    out, manifest = remarks(studies, capsys, change)
+    assert message in out and not manifest["quarantine"]
+    counts = [c.get("bright", {}).get("1", 0) for c in manifest["labels_by_split"].values()]
+    assert sum(counts) == manifest["labels"].get("bright", {}).get("1", 0)
+
+
+def test_title_comes_from_the_set(studies, capsys):
+    where = {"hospital": "A"}
+    with_hospitals(studies)
+    assert remarks(studies, capsys, where=where)[1]["title"] == "data, hospital A"
+    (studies / "README.md").write_text("---\npretty_name: Grey fields\n---\n")
+    assert remarks(studies, capsys, where=where)[1]["title"] == "Grey fields, hospital A"
+    assert remarks(studies, capsys, where=where, title="mine")[1]["title"] == "mine"
+    (studies / "README.md").write_text("---\n: [\n---\n")
+    with pytest.raises(StudyError, match="README.md: what stands between the two lines ---"):
+        prepare(studies)
+
+
+def test_box_beyond_the_image_costs_the_boxes_only(studies):
+    edit(studies, lambda t: cells("boxes", '[{"label": "a", "box": [0, 0, 9, 900]}]')(t.assign(boxes="")))
+    entry = only_entry(studies)
+    assert (entry.study_id, entry.field, entry.excluded_from) == ("s3", "boxes", "pointing")
+
+
 def test_label_column_missing(studies):
     with pytest.raises(StudyError, match=r'data.levels.labels: the data have no label "brigt": did you mean "bright"'):
         prepare(studies, labels=["brigt"])
@@ -131,10 +275,10 @@ def test_rows_are_selected_by_hospital_and_the_others_are_not_quarantined(studie
     assert prepared["study_id"][:] == [f"s{i}" for i in range(0, 48, 2)] and not len(quarantine)
 
 
-def test_message_after_a_selection_names_the_row_of_the_file(studies):
+def test_message_after_a_selection_names_the_line_of_the_file(studies):
     with_hospitals(studies)
     edit(studies, lambda t: t.assign(study_id=t.study_id.replace("s6", "s2")))
-    with pytest.raises(StudyError, match="study_id 's2' occurs in rows 3, 7"):
+    with pytest.raises(StudyError, match="study_id 's2' occurs in lines 4, 8"):
         prepare(studies, where={"hospital": "A"})
     prepare(studies, where={"hospital": "B"})  # the other hospital has no repetition
 

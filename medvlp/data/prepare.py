@@ -77,7 +77,7 @@ def _check_value(column, value, found, option):
     more = f", ... ({found.nunique()} in all)" if found.nunique() > 10 else ""
     raise StudyError(f"{option}.{column}: no study has {value!r}. Values of this column: {', '.join(values)}{more}.")
 
-# %% ../../nbs/1_data/06_prepare.ipynb #deff6bf8
+# %% ../../nbs/1_data/06_prepare.ipynb #e5a83ea2
 def select_studies(
     studies: pd.DataFrame,  # of a source
     where: dict[str, list[str]],  # {column: values}
@@ -88,8 +88,7 @@ def select_studies(
     names = [c for c in studies if c not in _CONTENT]
     for column, values in where.items():
         if column not in names:
-            columns = ", ".join(map(short, names))
-            raise StudyError(f"{option}: the metadata have no column {column!r}. The columns are: {columns}.")
+            raise StudyError(f"{option}: the metadata have no column {column!r}. The columns are: {', '.join(names)}.")
         found = studies[column].astype(str)
         for value in values:
             _check_value(column, value, found, option)
@@ -358,7 +357,7 @@ def _title(studies, options):
     selected = [f"{column} {' or '.join(values)}" for column, values in options.where.items()]
     return options.title or ", ".join([own, *selected])
 
-# %% ../../nbs/1_data/06_prepare.ipynb #c4d7096c
+# %% ../../nbs/1_data/06_prepare.ipynb #105d2b65
 _WITHOUT = dict(
     train="nothing can be trained on the set",
     val="training goes without validation, unless a task draws its own",
@@ -371,7 +370,7 @@ def _split_remarks(manifest, drawn, options, option):
     n, splits = manifest["studies"], manifest["splits"]
     filled = {*splits, *manifest["questions"]}  # questions may have a split of their own
     patients = sum(s["patients"] for s in splits.values())
-    if n > patients:
+    if n > patients > 1:
         yield f"{n} images of {patients} patients: a row is an image, and all images of a patient are in one split"
     empty = [s for s, f in zip(SPLITS, options.fractions) if s not in filled and (f or not drawn)]
     if patients == 1:
@@ -408,14 +407,14 @@ def _content_remarks(manifest, options):
     if few := "; ".join(_few(manifest, options.labels)):
         yield f"fewer than {FEW} studies behind a label: {few}"
 
-# %% ../../nbs/1_data/06_prepare.ipynb #ca64464a
+# %% ../../nbs/1_data/06_prepare.ipynb #fc759208
 def _loss_remarks(quarantine, output):
     "On what was set aside"
     table = quarantine.frame()
-    words = dict(all="studies are set aside", views="studies have another view", pairs="studies have no usable report")
-    words |= dict(segmentation="masks are not used", pointing="studies lose their boxes")
+    words = dict(all="set aside", views="not of the views wanted", pairs="without a usable report")
+    words |= dict(segmentation="without a usable mask", pointing="without usable boxes")
     for kind, rows in table.groupby("excluded_from", sort=False):
-        yield f"{len(rows)} {words[kind]}: {_reasons(rows)}; all in {output}/quarantine.csv"
+        yield f"studies {words[kind]}: {_reasons(rows)}; all are listed in {output}/quarantine.csv"
 
 # %% ../../nbs/1_data/06_prepare.ipynb #6717f912
 def prepare(

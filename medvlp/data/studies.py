@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'COLUMNS', 'StudyError', 'place', 'short', 'read_table', 'is_utf8', 'closest', 'need_columns',
-           'check_fractions', 'split_by_patient', 'check_filled', 'check_unique', 'check_studies', 'Quarantine']
+           'list_columns', 'check_fractions', 'split_by_patient', 'check_filled', 'check_unique', 'check_studies',
+           'Quarantine']
 
 # %% ../../nbs/1_data/00_studies.ipynb #6db3423d
 import csv, difflib, hashlib
@@ -126,7 +127,7 @@ def is_utf8(
     "Whether the text was valid UTF-8 on disk"
     return "\ufffd" not in text
 
-# %% ../../nbs/1_data/00_studies.ipynb #f9d75684
+# %% ../../nbs/1_data/00_studies.ipynb #68dbe47b
 def closest(
     name: str,
     known: list[str],
@@ -145,8 +146,17 @@ def need_columns(
     if missing:
         close = {name: closest(name, list(table)) for name in missing}
         hint = "".join(f' Rename "{short(c)}" to {name}?' for name, c in close.items() if c)
-        columns = ", ".join(map(short, table))
-        raise StudyError(f"{_file(table)}: no column {', '.join(missing)}.{hint} The columns are: {columns}.")
+        raise StudyError(f"{_file(table)}: no column {', '.join(missing)}.{hint} {list_columns(table)}")
+
+
+def list_columns(
+    table: pd.DataFrame,  # of `read_table`
+    mark=lambda name: "",  # what to add to a name
+) -> str:  # a sentence
+    "The columns of a table for a message, unless they are in fact the cells of a first row"
+    if any(name.isdigit() or short(name) != name for name in table):
+        return "Line 1 has to hold the names of columns, but some of it looks like data."
+    return f"The columns are: {', '.join(name + mark(name) for name in table)}."
 
 # %% ../../nbs/1_data/00_studies.ipynb #9d4c6c78
 def check_fractions(
@@ -233,7 +243,7 @@ def _check_split(studies: pd.DataFrame) -> None:
     if 0 < len(empty) < len(split):
         raise StudyError(f"{place(studies, empty[0])}: split is empty, others are not. Fill in all or none.")
 
-# %% ../../nbs/1_data/00_studies.ipynb #3991bb92
+# %% ../../nbs/1_data/00_studies.ipynb #90bc6b9f
 def check_studies(
     studies: pd.DataFrame,  # canonical columns
     fractions: list[float] = [0.7, 0.1, 0.2],  # of a drawn split
@@ -242,7 +252,7 @@ def check_studies(
     "Draw the split by patient if there is none; raise `StudyError` on repeated identifiers, unknown splits and leaks"
     check_filled(studies, "study_id")
     check_filled(studies, "patient_id")
-    check_unique(studies, "study_id", "Give each study one of its own; images of one study need the same patient.")
+    check_unique(studies, "study_id", "Give each study its own; images of one study need the same patient.")
     studies = studies.assign(split=studies.split.str.strip().str.lower().replace(_SYNONYMS))
     _check_split(studies)
     if (studies.split == "").all():

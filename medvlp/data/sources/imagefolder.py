@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['imagefolder']
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #e69af1f0
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #5c5fb880
 import json, re
 from pathlib import Path
 import pandas as pd
@@ -18,6 +18,7 @@ from medvlp.data.studies import (
     check_filled,
     check_unique,
     closest,
+    list_columns,
     need_columns,
     place,
     read_table,
@@ -38,7 +39,7 @@ def _parse_label(text, place):
         raise StudyError(f"{place} is {short(text)!r}. {rule}")
     return int(value)
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #483b6a60
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #ef1ae41a
 def _parse_json(text, place, keys):
     "A list of dicts from a JSON cell, each with `keys`"
     if not text.strip():
@@ -46,7 +47,7 @@ def _parse_json(text, place, keys):
     try:
         items = json.loads(text)
     except ValueError as e:
-        raise StudyError(f"{place} is not JSON: {e}") from None
+        raise StudyError(f"{place} is not JSON: {e.msg} at character {e.pos + 1}") from None
     if not isinstance(items, list) or any(not isinstance(o, dict) or not set(keys) <= set(o) for o in items):
         raise StudyError(f"{place} must be a JSON list of objects with the keys {', '.join(keys)}.")
     return items
@@ -67,7 +68,7 @@ def _parse_boxes(text, place):
             raise StudyError(f"{place}: {short(str(o['box']))} is not a box. {rule}")
     return boxes
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #0a2bf3fc
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #ef34971b
 _CONTENT = ["findings", "impression", "report", "questions"]
 _READ = ["file_name", "patient_id", *_CONTENT, "study_id", "view", "split", "boxes", "mask_file_name"]
 
@@ -76,26 +77,31 @@ def _is_label(name):
     return name.startswith("label_") and len(name) > len("label_")
 
 
+def _is_read(name):
+    return name in _READ or _is_label(name)
+
+
 def _hint(name):
     "What a column that is not read may have been meant to be"
+    if _is_read(name):
+        return ""
     label = re.fullmatch(r"labels?(?:[\W_]+(\w+))?", name, re.IGNORECASE)
     close = f"label_{(label[1] or 'NAME')}" if label else closest(name, _READ)
     return f' (did you mean "{close}"?)' if close else ""
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #dd8c9501
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #4be8c98f
 def _check_columns(table: pd.DataFrame) -> None:
     "Raise `StudyError` unless there are images, patients, and something to learn"
     need_columns(table, ["file_name", "patient_id"])
     if any(name in _CONTENT or _is_label(name) for name in table):
         return
-    columns = ", ".join(short(name) + _hint(name) for name in table)
     needed = "no column findings, impression, report, questions or label_NAME: one of them is needed"
-    raise StudyError(f"{table.attrs['file']}: {needed}. The columns are: {columns}.")
+    raise StudyError(f"{table.attrs['file']}: {needed}. {list_columns(table, _hint)}")
 
 
 def _unread(table: pd.DataFrame) -> list[str]:
     "A note on the columns that are no part of a study"
-    names = [short(name) + _hint(name) for name in table if name and name not in _READ and not _is_label(name)]
+    names = [short(name) + _hint(name) for name in table if not _is_read(name)]
     return [f"metadata.csv: columns that only the option `where` can use: {', '.join(names)}"] if names else []
 
 # %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #757c093a
@@ -134,7 +140,7 @@ def _card_title(folder: Path) -> str:
         raise StudyError(f"{card}: what stands between the two lines --- at its top is not YAML. {remedy}") from None
     return str(facts.get("pretty_name") or "").strip()
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #1419df8f
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #2f72bc50
 def _read_text(row):
     "The two sections of a report"
     sections = {k: row.get(k, "") for k in ("findings", "impression")}
@@ -156,7 +162,7 @@ def _read_row(folder, row, where):
         mask=str(folder / row["mask_file_name"]) if row.get("mask_file_name") else "",
         questions=_parse_json(row.get("questions", ""), f"{where}, questions", ("question", "answer")),
     )
-    return study | {k: v for k, v in row.items() if not _is_label(k) and k not in (*_READ, *COLUMNS)}
+    return study | {k: v for k, v in row.items() if not _is_read(k) and k not in COLUMNS}
 
 # %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #f722f3da
 def imagefolder(
