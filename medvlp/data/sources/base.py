@@ -20,17 +20,20 @@ def source_names() -> list[str]:
     "The layouts that can be read: the modules beside this one"
     return sorted(m.name for m in iter_modules(sources.__path__) if m.name != "base")
 
-# %% ../../../nbs/1_data/sources/00_base.ipynb #ac663665
+# %% ../../../nbs/1_data/sources/00_base.ipynb #cf6e45c1
 def read_source(
     name: str,  # one of `source_names()`
     folder: str | Path,  # where the collection is
 ) -> pd.DataFrame:  # canonical columns, then whatever else the collection's metadata says about a study
-    "Read a collection; `StudyError` if the layout is unknown or the folder does not exist"
+    "Read a collection; `StudyError` if the layout is unknown, or the folder does not exist or holds no study"
     if name not in source_names():
         raise StudyError(f"there is no source {name!r}: {did_you_mean(name, source_names())}")
     if not Path(folder).is_dir():
         raise StudyError(f"{folder}: no such folder. It should contain a collection in the layout {name}.")
-    return getattr(import_module(f"medvlp.data.sources.{name}"), name)(folder)
+    studies = getattr(import_module(f"medvlp.data.sources.{name}"), name)(folder)
+    if studies.empty:
+        raise StudyError(f"{folder}: holds no radiograph in the layout {name}. Check the folder and the option source.")
+    return studies
 
 # %% ../../../nbs/1_data/sources/00_base.ipynb #5d187053
 def read_json(

@@ -11,16 +11,16 @@ import pandas as pd
 from .base import one_hot, read_json
 from ..studies import StudyError
 
-# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #fbeef8e6
+# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #b5f77801
 _KEYS = ["image_name", "question", "answer", "answer_type", "question_type"]
 
 
 def _question(row, split):
     "One question in the canonical form; an answer may be a number in the file"
     return dict(
-        question=row["question"].strip(),
+        question=str(row["question"]).strip(),
         answer=str(row["answer"]).strip(),
-        answer_type=row["answer_type"].strip().lower(),
+        answer_type=str(row["answer_type"]).strip().lower(),
         question_type=row["question_type"],
         split=split,
         organ=row.get("image_organ", "").lower(),
