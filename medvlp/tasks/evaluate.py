@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EvaluateOptions', 'StudySet', 'study_set', 'SetVectors', 'set_vectors', 'evaluate']
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #e7431de8
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #cfb53d02
+import logging
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 from pydantic import Field, PositiveInt
@@ -18,14 +19,16 @@ from .probe import ProbeOptions, label_frame, linear_probe, probe_scores
 from .reconstruction import reconstruction, reconstruction_scores
 from .retrieval import RetrievalOptions, retrieval, retrieval_scores
 from medvlp.tasks.zero_shot import (
-    EqualSet,
     ZeroShotOptions,
     equal_set,
+    lone_labels,
     prompt_embeddings,
     read_prompts,
     zero_shot,
     zero_shot_scores,
 )
+
+_log = logging.getLogger(__name__)
 
 # %% ../../nbs/9_tasks/09_evaluate.ipynb #35033b4f
 class EvaluateOptions(Options):
@@ -36,7 +39,7 @@ class EvaluateOptions(Options):
     zero_shot: ZeroShotOptions = Field(ZeroShotOptions(), description="zero-shot classification")
     n_resamples: PositiveInt = Field(1000, description="bootstrap resamples of the test patients")
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #eae6441c
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #8dd1cbb5
 class StudySet(NamedTuple):
     "A prepared set as the tasks read it"
 
@@ -55,7 +58,7 @@ def study_set(
     studies,  # of load_studies, all splits
     labels=(),  # names of the labels that tasks use; empty: every label of the set
 ) -> StudySet:
-    "Read what the tasks need of a set; ValueError for a label that the set does not have"
+    "Read what the tasks need of a set; ConfigError for a label that the set does not have"
     split, patients, paired = (np.array(studies[k][:]) for k in ("split", "patient_id", "paired"))
     pairs = np.flatnonzero((split == "test") & paired.astype(bool))
     return StudySet(studies, label_frame(studies, labels), split, patients, pairs)
@@ -117,22 +120,21 @@ def _probe(data, vectors, options):
     names, how = list(data.labels), options.probe.model_dump()
     about = (data.labels, data.split, data.patients, names)
     table = linear_probe(vectors.features, *about, **how, n_resamples=options.n_resamples)
-    return TaskResult(probe_scores(table), table)
+    largest = f"AUROC {100 * max(options.probe.fractions):g} %"
+    return TaskResult(probe_scores(table), table, headline={largest: "probe"})
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #e6c768fa
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #68d6a55b
 def _equal_set(data, options):
-    "The set of equal classes among the test pairs, and why there is none: both empty if none is wanted"
-    classes, of_pairs = options.retrieval.classes, data.labels.iloc[data.pairs]
-    missing = [c for c in classes if c not in of_pairs]
-    equal = equal_set(of_pairs, () if missing else classes, options.retrieval.per_class)
-    if not classes:
-        return equal, ""
-    if missing:
-        return equal, f"the set has no label {', '.join(missing)}"
-    if not len(equal.rows):
-        return equal, "not every class has a test pair with this one only"
+    "The set of equal classes among the test pairs, and why the classes that were named have none"
+    named, of_pairs = options.retrieval.classes, data.labels.iloc[data.pairs]
+    classes = lone_labels(of_pairs) if named == "auto" else named
+    if missing := [c for c in classes if c not in of_pairs]:
+        return equal_set(of_pairs), f"the set has no label {', '.join(missing)}"
+    equal = equal_set(of_pairs, classes, options.retrieval.per_class)
+    if not classes or not len(equal.rows):
+        return equal, "not every class has a test pair with this one only" if classes else ""
     reason = _too_few_patients(data.patients[data.pairs][equal.rows], "studies with exactly one of the classes")
-    return (EqualSet(equal.rows[:0], equal.labels[:0]), reason) if reason else (equal, "")
+    return (equal_set(of_pairs), "" if named == "auto" else reason) if reason else (equal, "")
 
 
 def _no_equal_set(classes, metric, reason):
@@ -158,19 +160,25 @@ def _retrieval(data, vectors, reports, options):
         some = [reports[i] for i in rows]
         among = retrieval(similarity[rows][:, rows], some, patients[rows], equal.labels, list(equal.labels), **how)
         scores.append(equal.named(retrieval_scores(among)))
-    return TaskResult(pd.concat(scores, ignore_index=True), table)
+    headline = {"image to report R@5": "R@5"}
+    return TaskResult(pd.concat(scores, ignore_index=True), table, headline=headline)
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #0c846507
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #c5c5242d
 def _prompts(data, options):
     "The prompts of the set's labels; ConfigError names the option"
     if not options.zero_shot.prompts or not len(data.labels.columns):
         return {}
+    file = options.zero_shot.prompts
     try:
-        return read_prompts(options.zero_shot.prompts, list(data.labels))
+        prompts = read_prompts(file, list(data.labels))
     except ConfigError as e:
         raise ConfigError(*(f"zero_shot.prompts: {problem}" for problem in e.problems)) from None
+    if prompts and (lacking := [label for label in data.labels if label not in prompts]):
+        remedy = f"{file} (option zero_shot.prompts) has no sentences for them; add some under `findings:`"
+        _log.warning("zero-shot classification leaves out %s: %s", ", ".join(lacking), remedy)
+    return prompts
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #91d7d30a
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #90b2cfa6
 def _zero_shot_reason(data, prompts, options):
     "Why there is no zero-shot classification; empty if there is"
     if not options.zero_shot.prompts:
@@ -178,7 +186,8 @@ def _zero_shot_reason(data, prompts, options):
     if not len(data.labels.columns):
         return "the set has no labels (columns label_<name> of metadata.csv)"
     if not prompts:
-        return f"{options.zero_shot.prompts} (option zero_shot.prompts) has no finding that is a label of the set"
+        lacking = "has no finding that is a label of the set; add sentences for some under `findings:`"
+        return f"{options.zero_shot.prompts} (option zero_shot.prompts) {lacking}"
     return _too_few_patients(data.patients[data.rows("test")], "test studies")
 
 
@@ -189,19 +198,18 @@ def _zero_shot(model, data, vectors, prompts, options):
     validation = (vectors.images[vectors.place[val]], data.labels.iloc[val]) if len(val) else None
     images, patients = vectors.images[vectors.place[test]], data.patients[test]
     table = zero_shot(images, prompts, data.labels.iloc[test], patients, validation=validation, **how)
-    scores, classes = [zero_shot_scores(table)], options.retrieval.classes
-    equal, reason = _equal_set(data, options)
-    if not reason and (lacking := [c for c in classes if c not in prompts]):
+    scores, (equal, reason) = [zero_shot_scores(table)], _equal_set(data, options)
+    if lacking := [c for c in equal.labels if c not in prompts]:
         reason = f"no prompts for {', '.join(lacking)}"
-    if reason:
-        scores.append(_no_equal_set(classes, "which accuracy", reason))
-    elif len(equal.rows):
+    if reason and options.retrieval.classes != "auto":
+        scores.append(_no_equal_set(options.retrieval.classes, "which accuracy", reason))
+    elif len(equal.rows) and not reason:
         rows = data.pairs[equal.rows]
-        some = {c: prompts[c] for c in classes}
+        some = {c: prompts[c] for c in equal.labels}
         among = zero_shot(vectors.images[vectors.place[rows]], some, equal.labels, data.patients[rows], **how)
         among = zero_shot_scores(among)
         scores.append(equal.named(among[among.metric == "which accuracy"]))
-    return TaskResult(pd.concat(scores, ignore_index=True), table)
+    return TaskResult(pd.concat(scores, ignore_index=True), table, headline={"AUROC": "zero-shot"})
 
 # %% ../../nbs/9_tasks/09_evaluate.ipynb #bb4a81be
 def _pointing(model, tokenizer, data, options, reading):
@@ -216,7 +224,7 @@ def _pointing(model, tokenizer, data, options, reading):
     table = pointing(model, tokenizer, pairs, train, list(data.labels), n_resamples=options.n_resamples, **reading)
     if not len(table):
         return no_result("no test report names a finding that has a visible box")
-    return TaskResult(pointing_scores(table), table)
+    return TaskResult(pointing_scores(table), table, headline={"hit rate": "pointing"})
 
 
 def _reconstruction(model, tokenizer, data, options, reading):

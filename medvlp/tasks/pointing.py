@@ -7,7 +7,7 @@ __all__ = ['word_spans', 'named_words', 'visible_boxes', 'inside', 'centres', 'p
            'boxes_of', 'usual_places', 'mentions', 'questions', 'answer', 'pointing_table', 'pointing',
            'pointing_scores']
 
-# %% ../../nbs/9_tasks/04_pointing.ipynb #4ee0bf55
+# %% ../../nbs/9_tasks/04_pointing.ipynb #a66a2f02
 from itertools import groupby
 from io import BytesIO
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from ..data.labeller import read_mentions
 from ..data.reports import report_text
 from ..encoders.features import grid_boxes
 from .embed import batches
-from .metrics.intervals import estimate, resample, weighted_mean, with_macro
+from .metrics.intervals import estimate, few_labels_note, few_note, resample, weighted_mean, with_macro
 from .metrics.scores import no_scores
 
 # %% ../../nbs/9_tasks/04_pointing.ipynb #ef2e89ce
@@ -266,7 +266,7 @@ def pointing(
     names = list(labels) or sorted({q["label"] for q in found})
     return pointing_table(found, answers, names, studies["patient_id"][:], n_resamples, seed)
 
-# %% ../../nbs/9_tasks/04_pointing.ipynb #bf785691
+# %% ../../nbs/9_tasks/04_pointing.ipynb #c32d8b70
 def pointing_scores(
     table: pd.DataFrame,  # of pointing
 ) -> pd.DataFrame:  # metric, overall, value, low, high, chance, n, note
@@ -274,11 +274,13 @@ def pointing_scores(
     if table.empty:
         return no_scores()
     label = table.label.map(lambda name: "" if name == "macro" else f" {name}")
+    few = [few_note({"test studies with a word and a box": n}) for n in table.n[:-1]]
+    few.append(few_labels_note([note for note, n in zip(few, table.n) if n]))
 
     def rows(metric, chance, value, low, high):
         numbers = dict(value=table[value], low=table[low], high=table[high], chance=chance, n=table.n)
         note = np.where(table.n > 0, "no training study has a box of it", "no study has both a word and a box")
-        note = np.where(table[value].isna(), note, "")
+        note = np.where(table[value].isna(), note, few)
         return pd.DataFrame(dict(metric=metric + label, overall=label == "", **numbers, note=note))
 
     more = {"gain on best place": ("gain", 0.0), "box IoU": ("overlap", np.nan)}

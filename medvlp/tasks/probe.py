@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['ProbeOptions', 'label_frame', 'label_matrix', 'label_subset', 'fit_probe', 'probe_logits', 'probe_aurocs',
-           'probe_accuracies', 'few_labels_table', 'linear_probe', 'probe_scores']
+           'probe_accuracies', 'class_notes', 'few_labels_table', 'linear_probe', 'probe_scores']
 
-# %% ../../nbs/9_tasks/01_probe.ipynb #de81c183
+# %% ../../nbs/9_tasks/01_probe.ipynb #8d0b6183
 from collections.abc import Callable
 from typing import Annotated
 import numpy as np, pandas as pd
 from pydantic import Field, PositiveFloat, PositiveInt
 from tqdm import tqdm
-from ..project.config import Options, options_table
-from .metrics.intervals import auroc, interval, resample, weighted_mean, with_macro
+from ..project.config import ConfigError, Options, did_you_mean, options_table
+from .metrics.intervals import auroc, few_labels_note, few_note, interval, join_notes
+from .metrics.intervals import resample, weighted_mean, with_macro
 
 # %% ../../nbs/9_tasks/01_probe.ipynb #ded560c9
 class ProbeOptions(Options):
@@ -25,24 +26,24 @@ class ProbeOptions(Options):
     subset_seeds: PositiveInt = Field(10, description="random subsets per fraction")
     C: PositiveFloat = Field(0.1, description="inverse strength of the penalty")
 
-# %% ../../nbs/9_tasks/01_probe.ipynb #08abfb5b
+# %% ../../nbs/9_tasks/01_probe.ipynb #3c8e616e
 def label_frame(
     studies,  # of data.prepare.load_studies
     names=(),  # the labels to take; empty: every label of the data
     parameter: str = "labels",  # the option to name in an error
 ) -> pd.DataFrame:  # [N,K] 1, 0, -1 or NaN
-    "The labels of prepared studies, no columns where the data have none; ValueError for a name that is not there"
+    "The labels of prepared studies, no columns where the data have none; ConfigError for a name that is not there"
     rows = studies["labels"][:] if "labels" in studies.features else [{}] * len(studies)
     values, names = label_matrix(pd.DataFrame(rows, dtype=float), list(names) or None, parameter)
     return pd.DataFrame(values, columns=names)
 
-# %% ../../nbs/9_tasks/01_probe.ipynb #a930499c
+# %% ../../nbs/9_tasks/01_probe.ipynb #7ea23cc1
 def label_matrix(
     labels,  # [N,K] array, or DataFrame with a column for each label
     names=None,  # the labels to take; for an array the names of its K columns
     parameter: str = "labels",  # the option to name in an error
 ) -> tuple[np.ndarray, list]:  # values [N,K] float, K names
-    "Labels as an array, columns in the order of `names`; ValueError for a label that is not there"
+    "Labels as an array, columns in the order of `names`; ConfigError for a label that is not there"
     if not isinstance(labels, pd.DataFrame):
         labels = np.asarray(labels, float)
         columns = range(labels.shape[1]) if names is None else list(names)
@@ -51,7 +52,8 @@ def label_matrix(
         labels = pd.DataFrame(labels, columns=[str(c) for c in columns])
     names = list(labels.columns if names is None else names)
     if missing := [n for n in names if n not in labels.columns]:
-        raise ValueError(f"{parameter}: no label {missing}; the data has {list(labels.columns)}")
+        problems = (f'{parameter}: the data have no label "{n}": {did_you_mean(n, labels.columns)}' for n in missing)
+        raise ConfigError(*problems)
     return labels[names].to_numpy(float), names
 
 # %% ../../nbs/9_tasks/01_probe.ipynb #bbe08534
@@ -153,7 +155,40 @@ def _one_half(labels):
 
 _MEASURES = dict(AUROC=(probe_aurocs, _one_half), accuracy=(probe_accuracies, _majority))
 
-# %% ../../nbs/9_tasks/01_probe.ipynb #7ec66e40
+# %% ../../nbs/9_tasks/01_probe.ipynb #f1f4d7f9
+def class_notes(
+    labels,  # [N,K] of the test studies
+) -> list[str]:  # K+1, the last is of the macro
+    "What there are fewer than ten of: test studies of each label, and labels of the macro with few studies"
+    labels = np.asarray(labels, float)
+    positive, negative = (labels == 1).sum(0), (labels == 0).sum(0)
+    notes = [
+        few_note({"labelled test studies": p + n, "positive test studies": p, "negative test studies": n})
+        for p, n in zip(positive, negative)
+    ]
+    usable = (positive > 0) & (negative > 0)
+    return [*notes, few_labels_note([note for note, u in zip(notes, usable) if u])]
+
+# %% ../../nbs/9_tasks/01_probe.ipynb #334bc03c
+def _training_notes(
+    subsets: list[list],  # for each fraction its subsets: row numbers
+    fractions,  # F
+) -> list[str]:  # F
+    "A fraction of fewer than ten studies, and fractions that are the same studies"
+    sizes = [[len(rows) for rows in some] for some in subsets]
+    notes = []
+    for f, some in zip(fractions, sizes):
+        same = [f"{100 * g:g} %" for g, others in zip(fractions, sizes) if g != f and _all_equal(some, others)]
+        note = f"the same {some[0]} studies as {' and '.join(same)}" if same else ""
+        notes.append(join_notes(few_note({"labelled training studies": min(some)}), note))
+    return notes
+
+
+def _all_equal(some, others):
+    "Whether subsets of the same seeds are equally large, and so the same studies"
+    return all(a == b for a, b in zip(some, others))
+
+# %% ../../nbs/9_tasks/01_probe.ipynb #190aa917
 def _probe_rows(
     values,  # [S,K+1] of a measure
     resampled,  # [S,K+1,R] the same with counts
@@ -161,6 +196,7 @@ def _probe_rows(
     labels,  # [N,K] of the test studies
     names: list,  # K names
     one_class,  # [K] in how many subsets a label had one class only
+    note: str = "",  # on the studies to learn from
 ) -> pd.DataFrame:  # K+1 rows, the last is "macro"
     "The rows of one fraction"
     positive, known = (labels == 1).sum(0), np.isin(labels, (0, 1)).sum(0)
@@ -171,6 +207,8 @@ def _probe_rows(
     columns |= dict(n_positive=[*positive, (labels == 1).any(1).sum()])
     notes = [_label_note(a, o, len(values)) for a, o in zip(absent, one_class)]
     notes.append(f"mean of {(~absent).sum()} labels" if absent.any() else "")
+    few = np.where([*absent, False], "", class_notes(labels))
+    notes = [join_notes(n, f, note) for n, f in zip(notes, few)]
     return pd.DataFrame(dict(label=[*names, "macro"], **columns, note=notes))
 
 
@@ -191,7 +229,7 @@ def _check_split(
             raise ValueError(f"split: no {name} rows; it holds {sorted(set(split.tolist()))}")
     return tuple(rows)
 
-# %% ../../nbs/9_tasks/01_probe.ipynb #f5d470ff
+# %% ../../nbs/9_tasks/01_probe.ipynb #ae6067b4
 def few_labels_table(
     score: Callable,  # (rows of labelled studies, number of the subset) -> [n,K] scores of the test studies
     labels,  # [N,K] 1, 0, -1 uncertain, NaN unknown
@@ -207,16 +245,17 @@ def few_labels_table(
     "AUROC or accuracy of what learns from few labels, with intervals over test patients"
     train, test = _check_split(split)
     counts = resample(np.asarray(patient_ids)[test], n_resamples, seed)
+    seeds = {f: range(1 if f == 1 else subset_seeds) for f in fractions}
+    drawn = [[train[label_subset(labels[train], f, (seed, s))] for s in seeds[f]] for f in fractions]
     tables = []
-    for f in fractions:
-        subsets = [train[label_subset(labels[train], f, (seed, s))] for s in range(1 if f == 1 else subset_seeds)]
+    for f, subsets, note in zip(fractions, drawn, _training_notes(drawn, fractions)):
         bar = tqdm(subsets, desc=f"{f:.0%} of labels", leave=False, delay=2)
         scores = np.stack([score(rows, s) for s, rows in enumerate(bar)])
         one_class = sum(~np.array(_has_both(labels[rows])) for rows in subsets)
         for name in measures:
             measure, chance = _MEASURES[name]
             values, resampled = (measure(scores, labels[test], c) for c in (None, counts))
-            table = _probe_rows(values, resampled, chance(labels[test]), labels[test], names, one_class)
+            table = _probe_rows(values, resampled, chance(labels[test]), labels[test], names, one_class, note)
             n_labelled = round(np.mean([len(rows) for rows in subsets]))
             tables.append(table.assign(fraction=f, measure=name, n_labelled=n_labelled))
     table = pd.concat(tables, ignore_index=True)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['other_patients', 'reconstructed_studies', 'reconstruction', 'reconstruction_scores']
 
-# %% ../../nbs/9_tasks/05_reconstruction.ipynb #4d92bc44
+# %% ../../nbs/9_tasks/05_reconstruction.ipynb #802eb0a3
 import numpy as np, pandas as pd, torch
 from ..losses.masked import patchify
 from .embed import batches
-from .metrics.intervals import estimate, resample
+from .metrics.intervals import estimate, few_note, resample
 from .metrics.scores import no_scores
 
 # %% ../../nbs/9_tasks/05_reconstruction.ipynb #c3a578d4
@@ -88,12 +88,13 @@ def reconstruction(
     columns = estimate(measures, resample(studies["patient_id"][:], n_resamples))._asdict()
     return pd.DataFrame(dict(measure=names, **columns, chance=[np.nan, np.nan, 0.0, t.flat.mean()], n=len(t)))
 
-# %% ../../nbs/9_tasks/05_reconstruction.ipynb #c818a290
+# %% ../../nbs/9_tasks/05_reconstruction.ipynb #aedba763
 def reconstruction_scores(
     table: pd.DataFrame,  # of `reconstruction`
 ) -> pd.DataFrame:  # metric, overall, value, low, high, chance, n, note
     "The measures as they are; chance of the pixel error is the mean grey of the visible patches"
     if table.empty:
         return no_scores()
-    note = np.where(table.value.isna(), "no word could be masked", "")
+    few = [few_note({"test studies": n}) for n in table.n]
+    note = np.where(table.value.isna(), "no word could be masked", few)
     return table.rename(columns=dict(measure="metric")).assign(overall=True, note=note)

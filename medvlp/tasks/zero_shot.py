@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CHEXPERT_FIVE', 'ZeroShotOptions', 'fill', 'places', 'prompt_sentences', 'read_prompts', 'prompt_embeddings',
            'prompt_scores', 'best_threshold', 'answer_scores', 'yes_no_rows', 'exclusive', 'which_rows', 'zero_shot',
-           'zero_shot_scores', 'equal_classes', 'EqualSet', 'equal_set']
+           'zero_shot_scores', 'equal_classes', 'EqualSet', 'equal_set', 'lone_labels']
 
-# %% ../../nbs/9_tasks/03_zero_shot.ipynb #abcd5f97
+# %% ../../nbs/9_tasks/03_zero_shot.ipynb #276225c2
 import difflib, re
 from collections.abc import Callable
 from itertools import chain, product
@@ -21,8 +21,8 @@ from ..data.reports import clean
 from ..losses.contrastive import similarity as cosines
 from ..project.config import ConfigError, Options, read_yaml
 from .embed import text_embeddings
-from .metrics.intervals import auroc, estimate, resample, weighted_mean, with_macro
-from .probe import label_matrix
+from .metrics.intervals import auroc, estimate, few_note, resample, weighted_mean, with_macro
+from .probe import class_notes, label_matrix
 
 # %% ../../nbs/9_tasks/03_zero_shot.ipynb #5e738227
 class ZeroShotOptions(Options):
@@ -105,7 +105,7 @@ def _check_places(
         if not t.strip():
             raise ConfigError(f"{where}: an empty sentence")
 
-# %% ../../nbs/9_tasks/03_zero_shot.ipynb #6bfd20ef
+# %% ../../nbs/9_tasks/03_zero_shot.ipynb #7426d676
 def _label_key(name: str) -> str:
     "Names are compared in small letters, with underscores for blanks"
     return re.sub(r"[\s_]+", "_", str(name).strip().lower())
@@ -127,7 +127,8 @@ def _match_findings(
     lacking = {_label_key(label): label for label in labels if label not in found}
     for finding in findings:
         if finding not in found.values() and (near := difflib.get_close_matches(_label_key(finding), lacking, 1, 0.85)):
-            remedy = f"did you mean {lacking[near[0]]!r}? Labels: {', '.join(labels)}."
+            label = lacking[near[0]]
+            remedy = f"did you mean {label!r}? If they are the same, rename it or give it the line `also: [{label}]`."
             raise ConfigError(f"{where}: {finding!r} is no label of the data, {remedy}")
     return found
 
@@ -221,7 +222,7 @@ def answer_scores(
     table = np.stack([auroc(y, scores, c), accuracy, f1])
     return table[:, 0] if counts is None else table
 
-# %% ../../nbs/9_tasks/03_zero_shot.ipynb #eb1b5e46
+# %% ../../nbs/9_tasks/03_zero_shot.ipynb #eb0f582d
 _MEASURES = ["AUROC", "accuracy", "F1"]
 
 
@@ -244,12 +245,13 @@ def _table_rows(
         return np.moveaxis(with_macro(np.stack(each, -1), usable), 0, -2)
 
     n, positives = ([*m.sum(0).tolist(), int(m.any(1).sum())] for m in (known, positive))
+    notes = class_notes(y)
     values = np.stack([*estimate(statistic, counts), with_macro(chance, usable)])  # [4,3,K+1]
     rows = []
     for j, k in product(range(3), range(len(names) + 1)):
         ok = [*usable, usable.any()][k]
         found = dict(zip(("value", "low", "high", "chance"), values[:, j, k].tolist() if ok else [np.nan] * 4))
-        note = "" if ok else "needs positive and negative studies"
+        note = notes[k] if ok else "needs positive and negative studies"
         about = dict(metric=_MEASURES[j], label=[*names, "macro"][k], n=n[k], positives=positives[k])
         rows.append(columns | about | dict(left_out=len(y) - n[k], note=note) | found)
     return rows
@@ -269,16 +271,16 @@ def yes_no_rows(
     rows = _table_rows(y, d, d >= thresholds, list(labels), counts, chance, reading="yes or no")
     return [r | dict(threshold=dict(zip(labels, thresholds)).get(r["label"], np.nan)) for r in rows]
 
-# %% ../../nbs/9_tasks/03_zero_shot.ipynb #24933bd7
+# %% ../../nbs/9_tasks/03_zero_shot.ipynb #766e1303
 def exclusive(
     labels,  # [N,K] 1, 0, -1 uncertain, NaN unknown
 ) -> tuple:  # row numbers [n], class of each [n]
     "The studies with exactly one of the findings"
     y = np.asarray(labels, float)
     rows = np.flatnonzero(((y == 1).sum(1) == 1) & ~(y == -1).any(1))
-    return rows, (y[rows] == 1).argmax(1)
+    return rows, (y[rows] == 1).argmax(1) if len(rows) else rows
 
-# %% ../../nbs/9_tasks/03_zero_shot.ipynb #01485b4d
+# %% ../../nbs/9_tasks/03_zero_shot.ipynb #dd1b982d
 def which_rows(
     scores,  # [N,K,2] of prompt_scores
     labels: pd.DataFrame,  # [N,K]
@@ -295,8 +297,8 @@ def which_rows(
     each = _table_rows(
         np.eye(K)[right], s, np.eye(K, dtype=bool)[answer], list(labels), c, [[0.5] * K, p, p], **columns
     )
-    accuracy = dict(metric="accuracy", label="all", n=len(i), positives=len(i), note="", chance=p.max())
-    rows = [columns | accuracy | dict(value=value, low=low, high=high)]
+    accuracy = dict(metric="accuracy", label="all", n=len(i), positives=len(i), chance=p.max())
+    rows = [columns | accuracy | dict(value=value, low=low, high=high, note=few_note({"test studies": len(i)}))]
     rows += [r for r in each if r["metric"] != "accuracy"]
     return [r | dict(left_out=len(labels) - len(i)) for r in rows]
 
@@ -386,3 +388,13 @@ def equal_set(
     "The largest set of test pairs with equally many of each class"
     rows = equal_classes(labels, classes, per_class, fewer=True) if len(classes) else np.zeros(0, int)
     return EqualSet(rows, labels[list(classes)].iloc[rows])
+
+# %% ../../nbs/9_tasks/03_zero_shot.ipynb #aeed50c1
+def lone_labels(
+    labels: pd.DataFrame,  # [N,K] of the test pairs
+    at_least: int = 5,  # pairs
+) -> list[str]:  # none if there are fewer than two
+    "The labels that some pairs have alone"
+    counts = np.bincount(exclusive(labels)[1], minlength=len(labels.columns))
+    names = [name for name, n in zip(labels, counts) if n >= at_least]
+    return names if len(names) > 1 else []

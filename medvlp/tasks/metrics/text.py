@@ -6,7 +6,7 @@
 __all__ = ['JavaError', 'tokenise', 'bleu_sums', 'bleu', 'rouge_cider', 'Meteor', 'text_metrics', 'affirmed', 'finding_scores',
            'finding_metrics']
 
-# %% ../../../nbs/9_tasks/metrics/01_text.ipynb #3b435a66
+# %% ../../../nbs/9_tasks/metrics/01_text.ipynb #9a2e8bc5
 import logging, re, subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,8 @@ from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
-from .intervals import Estimate, estimate, resample, weighted_mean
+from .intervals import Estimate, estimate, few_labels_note, few_note
+from .intervals import join_notes, resample, weighted_mean
 
 _log = logging.getLogger(__name__)
 _HOME = Path(pycocoevalcap.__path__[0])
@@ -217,7 +218,7 @@ def _table_rows(
         for m, l, v, a, b in zip(measures, labels, *e)
     ]
 
-# %% ../../../nbs/9_tasks/metrics/01_text.ipynb #0029a98e
+# %% ../../../nbs/9_tasks/metrics/01_text.ipynb #fe7df625
 def text_metrics(
     truth,  # [N] true reports, none empty
     systems: dict,  # {system: [N] reports}; an empty one scores 0
@@ -232,15 +233,17 @@ def text_metrics(
     tokens, note = _all_tokens([t for texts in (truth, *systems.values()) for t in texts], java)
     gold, said = tokens[:n], {name: tokens[n * (i + 1) : n * (i + 2)] for i, name in enumerate(systems)}
     meteor, reason = _meteor_estimates(gold, said, counts, java)
-    rows = []
+    rows, few = [], few_note({"test reports": n})
     for name, written in said.items():
         b = _of_sums(bleu_sums(gold, written), bleu, counts)
         each = rouge_cider(gold, written)
         means = estimate(lambda c: weighted_mean(each, c), counts)
         e = Estimate(*(np.r_[x, y, z] for x, y, z in zip(b, meteor[name], means)))
-        rows += _table_rows(name, _MEASURES, ["all"] * 7, e, n=n, empty=sum(not w for w in written), note=note)
+        rows += _table_rows(
+            name, _MEASURES, ["all"] * 7, e, n=n, empty=sum(not w for w in written), note=join_notes(note, few)
+        )
     table = pd.DataFrame(rows)[_COLUMNS]
-    table.loc[table.measure == "METEOR", "note"] = reason
+    table.loc[table.measure == "METEOR", "note"] = join_notes(reason, few)
     return table
 
 # %% ../../../nbs/9_tasks/metrics/01_text.ipynb #3ca4408e
@@ -272,7 +275,7 @@ def finding_scores(
     scores = np.concatenate([scores[..., :-1], macro, scores[..., -1:]], -1)
     return scores if counts is not None else scores[0]
 
-# %% ../../../nbs/9_tasks/metrics/01_text.ipynb #ce349611
+# %% ../../../nbs/9_tasks/metrics/01_text.ipynb #c9dd7d4b
 def finding_metrics(
     truth,  # [N] true reports
     systems: dict,  # {system: [N] reports}
@@ -292,6 +295,14 @@ def finding_metrics(
         e = estimate(lambda c: finding_scores(gold, said, c).reshape(*(() if c is None else (len(c),)), -1), counts)
         empty = sum(not w.strip() for w in written)
         rows += _table_rows(name, measures, labels * 3, e, n=len(truth), empty=empty, note="")
-    table = pd.DataFrame(rows)[_COLUMNS]
+    table = pd.DataFrame(rows)[_COLUMNS].assign(note=_finding_notes(gold) * 3 * len(systems))
     table.loc[table.value.isna(), "note"] = "no true report affirms it"
     return table
+
+
+def _finding_notes(gold):
+    "What there are fewer than ten of, for each finding, macro and micro"
+    affirming = gold.sum().tolist()
+    notes = [few_note({"test reports": len(gold), "test reports that affirm it": n}) for n in affirming]
+    macro = few_labels_note([note for note, n in zip(notes, affirming) if n])
+    return [*notes, macro, few_note({"test reports": len(gold), "findings in test reports": sum(affirming)})]
