@@ -6,7 +6,7 @@
 __all__ = ['TaskMetric', 'METRICS', 'COLUMN', 'GROUPS', 'ScoreboardOptions', 'summarise', 'best_method', 'mark_best', 'select',
            'wide_table', 'caption', 'plot_scoreboard', 'Scoreboard', 'scoreboard', 'to_markdown', 'save_scoreboard']
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #3f33fad3
+# %% ../../nbs/tables/00_scoreboard.ipynb #975eb228
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -14,7 +14,7 @@ import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from pydantic import Field, NonNegativeInt
 from ..figures.style import PALETTE, figure_style, message_figure, save
 from ..project.config import Fraction, Options, did_you_mean
-from ..tasks.metrics.intervals import Estimate
+from ..tasks.metrics.intervals import Estimate, has_few
 from ..tasks.metrics.scores import SCORES, load_scores, save_metrics
 
 # %% ../../nbs/tables/00_scoreboard.ipynb #411fd946
@@ -47,13 +47,13 @@ class ScoreboardOptions(Options):
     alpha: Fraction = Field(0.05, description="significance level of the paired t-test that prints a value in bold")
     digits: NonNegativeInt = Field(2, description="decimal places")
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #b7985145
+# %% ../../nbs/tables/00_scoreboard.ipynb #be26e5ac
 COLUMN = ["task", "metric", "data"]  # what identifies a column of the scoreboard
 
 
 def summarise(
     scores: pd.DataFrame,  # as in the table above, of one experiment
-) -> pd.DataFrame:  # task, metric, data, method, value, low, high, std, seeds, chance, n
+) -> pd.DataFrame:  # task, metric, data, method, value, low, high, std, seeds, chance, n, note
     "One row per column and method: mean over seeds, or the only seed with its interval; ValueError for duplicates"
     key = [*COLUMN, "method"]
     twice = scores[scores.duplicated([*key, "seed"])]
@@ -68,6 +68,7 @@ def summarise(
         seeds=("value", "size"),
         chance=("chance", "mean"),
         n=("n", "max"),
+        note=("note", "first"),
     )
     several = s.seeds > 1
     s.loc[several, "low"], s.loc[several, "high"] = groups.value.min()[several], groups.value.max()[several]
@@ -102,13 +103,13 @@ def best_method(
     p = 2 * student.sf(d.mean() / error, len(d) - 1) if error else 0.0
     return ranked[0] if p < alpha else None
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #cdae1f8e
+# %% ../../nbs/tables/00_scoreboard.ipynb #54bc2925
 def mark_best(
     summary: pd.DataFrame,  # of `summarise`
     scores: pd.DataFrame,  # that it summarises
     options: ScoreboardOptions,
 ) -> pd.DataFrame:  # the summary with a column `best`
-    "Which rows are significantly the best of their column"
+    "Which rows are significantly the best of their column, and better than chance"
     best = {
         key: best_method(
             rows.pivot(index="seed", columns="method", values="value"),
@@ -118,7 +119,9 @@ def mark_best(
         for key, rows in scores.dropna(subset="value").groupby(COLUMN)
     }
     keys = summary[[*COLUMN, "method"]].itertuples(index=False, name=None)
-    return summary.assign(best=[best[tuple(key)] == method for *key, method in keys])
+    above = (summary.value - summary.chance) * np.where(summary.metric.isin(options.lower_is_better), -1, 1)
+    winner = np.array([best[tuple(key)] == method for *key, method in keys], bool)
+    return summary.assign(best=winner & ~(above <= 0))  # also where there is no chance
 
 # %% ../../nbs/tables/00_scoreboard.ipynb #78c68e1b
 GROUPS = {  # heading: tasks
@@ -152,11 +155,16 @@ def _method_order(summary, methods, baseline):
     known = [m for m in methods if m in set(summary.method)]
     return sorted(known, key=lambda m: m != baseline)
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #1fa2ff27
+# %% ../../nbs/tables/00_scoreboard.ipynb #ece57e3b
 def _head(row, options, several_sets):
-    "The head of a column; an arrow says which direction is better"
-    arrow = "↓" if row.metric in options.lower_is_better else "↑"
+    "The head of a column; an arrow says which direction is better, a dagger that few studies are behind it"
+    arrow = ("↓" if row.metric in options.lower_is_better else "↑") + (" †" if row.few else "")
     return f"{row['name']} {arrow}" + (f"<br>{row.data}" if several_sets else "")
+
+
+def _few(summary):
+    "Whether fewer than ten studies are behind the numbers of a row's column"
+    return summary.note.map(has_few).groupby([summary[name] for name in COLUMN]).transform("any")
 
 
 def wide_table(
@@ -167,7 +175,8 @@ def wide_table(
     "The cells of a scoreboard as text"
     several = summary.data.nunique() > 1
     cells = [f"**{c}**" if b else c for c, b in zip(summary.apply(_cell, 1, digits=options.digits), summary.best)]
-    s = summary.assign(cell=cells, head=[_head(row, options, several) for _, row in summary.iterrows()])
+    s = summary.assign(cell=cells, few=_few(summary))
+    s["head"] = [_head(row, options, several) for _, row in s.iterrows()]
     t = s.pivot(index="method", columns="head", values="cell").loc[methods, s["head"].unique()]
     t.loc["*chance*"] = s.groupby("head").chance.mean().map(lambda v: format(Estimate(v), f".{options.digits}f"))
     return t.fillna("–").rename_axis("method")
@@ -186,7 +195,7 @@ def _split_columns(
         parts[-1] += columns.index.tolist()
     return [table.iloc[:, part] for part in parts]
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #bc544362
+# %% ../../nbs/tables/00_scoreboard.ipynb #38a7fb9f
 def _range(values):
     return "–".join(f"{v:.0f}" for v in sorted({min(values), max(values)}))
 
@@ -198,33 +207,40 @@ def _seed_counts(summary):
         return counts.iloc[0]
     return " and ".join(f"{n} ({', '.join(m.index)})" for n, m in counts.groupby(counts))
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #de28135d
+
+def _test_studies(summary, data):
+    "How many test studies a set has, e.g. (100–120 test studies); answers are counted in questions"
+    n = summary.n[(summary.data == data) & (summary.task != "answer")]
+    return f" ({_range(n)} test studies)" if len(n) else ""
+
+# %% ../../nbs/tables/00_scoreboard.ipynb #9578e930
 def caption(
     summary: pd.DataFrame,  # of `select` and `mark_best`
     titles: dict[str, str],  # of the data sets
     options: ScoreboardOptions,
+    trained_on: Iterable[str] = (),  # names of the sets of pre-training
 ) -> str:
     "On which data, with how many studies and seeds, and how to read a cell"
-    sets = [
-        f"**{d}: {titles[d]}** ({_range(summary.n[summary.data == d])} test studies)"
-        for d in titles
-        if d in set(summary.data)
-    ]
+    sets = [f"**{d}: {titles[d]}**{_test_studies(summary, d)}" for d in titles if d in set(summary.data)]
     text = [f"Data: {'; '.join(sets)}.", f"Training seeds: {_seed_counts(summary)}."]
+    if known := [f"{d}: {titles[d]}" for d in trained_on]:
+        text.insert(0, f"Pre-trained on {'; '.join(known)}.")
+    if _few(summary).any():
+        text.append("†: fewer than ten studies behind a number; the column `note` of the CSV says of what.")
     if (summary.seeds == 1).any():
         text.append("Brackets: 95 % bootstrap interval over test patients, one seed.")
     if (summary.seeds > 1).any():
         text.append("±: mean and standard deviation over seeds, which say nothing about other patients.")
     test = f"two-sided paired t-test over at least three seeds, p < {options.alpha:g}, not corrected for many columns"
     if summary.best.any():
-        text.append(f"Bold: better than the second-best method ({test}).")
+        text.append(f"Bold: beats chance and the second-best method ({test}).")
     elif (summary.seeds > 2).any():
-        text.append(f"Nothing is bold: no method is significantly better than the second-best ({test}).")
+        text.append(f"Nothing is bold: no method beats both chance and the second-best method ({test}).")
     else:
         text.append("Nothing is bold: it takes three seeds to say which method is better.")
     return " ".join(text)
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #d34288a6
+# %% ../../nbs/tables/00_scoreboard.ipynb #ce2ac8d6
 def _draw_metric(
     ax,  # axes to draw in
     summary,  # rows of one metric, of `select`
@@ -232,52 +248,66 @@ def _draw_metric(
     colours: dict,  # data set: colour
 ):
     "One panel: a dot and an interval for each method and data set, and chance"
-    for i, (data, colour) in enumerate(colours.items()):
-        rows = summary[summary.data == data]
-        offset = (i - (len(colours) - 1) / 2) * 0.7 / len(colours)
+    sets = [data for data in colours if data in set(summary.data)]
+    for i, data in enumerate(sets):
+        rows, colour = summary[summary.data == data], colours[data]
+        offset = (i - (len(sets) - 1) / 2) * 0.7 / len(sets)
         for _, r in rows.iterrows():
             y = methods.index(r.method) + offset
             ax.plot([r.low, r.high], [y, y], "|-", color=colour, linewidth=1.2, markersize=4)  # nothing where NaN
             ax.plot(r.value, y, "o", color=colour, markersize=4.5, markerfacecolor="white" if r.seeds > 1 else colour)
         if rows.chance.notna().any():
             ax.axvline(rows.chance.mean(), color=colour, linestyle="--", linewidth=0.8, alpha=0.7)
-    ax.set(title=summary.name.iloc[0], yticks=range(len(methods)), yticklabels=methods, xlabel="value")
+    title = summary.name.iloc[0] + (" †" if summary.note.map(has_few).any() else "")
+    ax.set(title=title, yticks=range(len(methods)), yticklabels=methods, xlabel="value")
     ax.set_ylim(len(methods) - 0.5, -0.5)
     ax.locator_params(axis="x", nbins=4)
+    ax.ticklabel_format(axis="x", useOffset=False)
+    numbers = summary[["value", "low", "high", "chance"]].stack()
+    if numbers.max() - numbers.min() < 1e-6:  # all the same
+        ax.set_xlim(numbers.min() - 0.05, numbers.max() + 0.05)
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #b5ed9bbe
+
+def _compared(summary):
+    "The metrics that at least two methods have, in their order; all where no metric has two"
+    methods = summary.groupby("name", sort=False).method.nunique()
+    return methods.index[methods >= min(2, methods.max())]
+
+# %% ../../nbs/tables/00_scoreboard.ipynb #396e5474
 @figure_style()
 def plot_scoreboard(
     summary: pd.DataFrame,  # of `select`
     methods: list[str],  # rows from top to bottom
     columns: int = 3,  # panels side by side
 ) -> plt.Figure:
-    "Dots and intervals, one panel per metric, the same methods in the same order in each"
-    names = summary.name.unique()
+    "Dots and intervals, one panel per metric to compare, the same methods in the same order in each"
+    names = _compared(summary)
     colours = {d: PALETTE[i % 10] for i, d in enumerate(summary.data.unique())}
     columns, height = min(columns, len(names)), -(-len(names) // columns)
-    size = (2.3 * columns + 1, (0.2 * len(methods) * (1 + 0.4 * len(colours)) + 1) * height + 0.5)
+    size = (2.3 * columns + 1, (len(methods) * (0.12 + 0.1 * len(colours)) + 0.75) * height + 0.5)
     fig, axes = plt.subplots(height, columns, figsize=size, sharey=True, squeeze=False)
     for ax in axes.flat[len(names) :]:
         ax.axis("off")
     for ax, name in zip(axes.flat, names):
         _draw_metric(ax, summary[summary.name == name], methods, colours)
-    handles = _legend(colours, summary.seeds)
+    handles = _legend(colours, summary[summary.name.isin(names)])
     fig.legend(handles=handles, loc="outside lower center", ncols=1 if columns == 1 else 3)
     return fig
 
 
-def _legend(colours, seeds):
+def _legend(colours, summary):
     "Handles for the data sets and for what dots and lines mean"
     mark = dict(marker="o", color=".3", markersize=4.5)
     handles = [plt.Line2D([], [], color=c, marker="o", markersize=4.5, label=d) for d, c in colours.items()]
-    if (seeds == 1).any():
+    if (summary.seeds == 1).any():
         handles.append(plt.Line2D([], [], label="one seed, 95 % interval over patients", **mark))
-    if (seeds > 1).any():
+    if (summary.seeds > 1).any():
         handles.append(plt.Line2D([], [], label="mean of several seeds, range", markerfacecolor="white", **mark))
+    if summary.note.map(has_few).any():
+        handles.append(plt.Line2D([], [], label="† fewer than ten studies", linestyle="none"))
     return [*handles, plt.Line2D([], [], label="chance", color=".5", linestyle="--", linewidth=1)]
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #ff49af68
+# %% ../../nbs/tables/00_scoreboard.ipynb #a96a9c9c
 class Scoreboard(NamedTuple):
     "What `scoreboard` makes of an experiment's results"
 
@@ -290,10 +320,11 @@ class Scoreboard(NamedTuple):
 def scoreboard(
     results: str | Path,  # holds EXPERIMENT/TASK/DATA-METHOD-SEED.csv
     experiment: str,
-    titles: dict[str, str],  # of the data sets to show, in their order
+    titles: dict[str, str],  # of the data sets, in their order
     methods: list[str],  # rows, in their order
     seeds: list[int],
     options: ScoreboardOptions = ScoreboardOptions(),
+    trained_on: Iterable[str] = (),  # names of the sets of pre-training
 ) -> Scoreboard:
     "The scoreboard of an experiment; what else lies among the results is left out"
     scores = _read(Path(results, experiment), titles, methods, seeds)
@@ -301,14 +332,15 @@ def scoreboard(
     shown = select(summary, options.metrics, titles)
     rows = _method_order(shown, methods, options.baseline)
     if len(shown):
-        text, figure = to_markdown(shown, titles, rows, options), plot_scoreboard(shown, rows)
+        text, figure = to_markdown(shown, titles, rows, options, trained_on), plot_scoreboard(shown, rows)
     else:
-        text = f"The experiment {experiment} has no scores to show yet."
+        where = f"the column note of its files under {Path(results, experiment)} says why"
+        text = f"The experiment {experiment} has no scores to show; if it has been run, {where}."
         figure = message_figure(text)
-    notes = _notes(scores, methods, seeds, options.metrics)
+    notes = _notes(scores, methods, seeds, options.metrics) if len(scores) else []
     return Scoreboard("\n\n".join([text, *notes]) + "\n", summary, figure, scores)
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #8ac09de5
+# %% ../../nbs/tables/00_scoreboard.ipynb #0d1d99b1
 def _read(folder, titles, methods, seeds):
     "The scores of an experiment's current runs"
     try:
@@ -323,6 +355,7 @@ def to_markdown(
     titles: dict[str, str],  # of the data sets
     methods: list[str],  # rows, in their order
     options: ScoreboardOptions = ScoreboardOptions(),
+    trained_on: Iterable[str] = (),  # names of the sets of pre-training
 ) -> str:
     "Tables of at most ten columns under a heading for each group of tasks, and a caption"
     parts = []
@@ -332,15 +365,15 @@ def to_markdown(
             rows = [m for m in methods if m in set(group.method)]
             tables = _split_columns(wide_table(group, rows, options))
             parts += [f"## {heading}", *(t.to_markdown(disable_numparse=True) for t in tables)]
-    return "\n\n".join([*parts, caption(summary, titles, options)])
+    return "\n\n".join([*parts, caption(summary, titles, options, trained_on)])
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #415ff331
+# %% ../../nbs/tables/00_scoreboard.ipynb #daba8865
 def _notes(scores, methods, seeds, metrics):
     "A paragraph on runs and metrics that were expected and are missing"
     notes, found = [], set(zip(scores.method, scores.seed))
     missing = [f"{m}-{seed}" for m in methods for seed in seeds if (m, seed) not in found]
     if missing:
-        notes.append(f"No scores yet of {', '.join(missing)}.")
+        notes.append(f"No scores of {', '.join(missing)}.")
     for task, metric in metrics:
         known = set(scores.metric[scores.task == task])
         if known and metric not in known:

@@ -8,7 +8,7 @@ __all__ = ['normalise_answer', 'question_table', 'answer_vocabulary', 'split_val
            'train_answer_model', 'answer_logits', 'majority_answers', 'answer_table', 'answer_scores', 'answer',
            'read_answers']
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #508e9952
+# %% ../../nbs/9_tasks/08_answer.ipynb #db83d89b
 import re, unicodedata
 from collections import Counter
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..encoders.pretrained import DownstreamConfig, DownstreamModel, as_list
 from ..encoders.text import TextEncoder, masked_mean
 from ..fusion.memory import Fusion
 from ..project.config import ComputeOptions, Dropout, Fraction
-from .metrics.intervals import estimate, resample, weighted_mean
+from .metrics.intervals import estimate, few_note, join_notes, resample, weighted_mean
 from .metrics.scores import TaskResult, no_result
 from ..training.downstream import DownstreamOptions, Examples, fit, stored_size
 
@@ -447,7 +447,7 @@ def answer_table(
         ]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #010daa36
+# %% ../../nbs/9_tasks/08_answer.ipynb #8b131044
 _NAMES = dict(
     accuracy="accuracy", blind="accuracy without the image", gain="gain by the image", unknown="answers not in training"
 )
@@ -463,9 +463,10 @@ def answer_scores(
     overall = table.questions.isin(["all", "open", "closed"])
     columns = table[["value", "low", "high", "n"]]
     metric = label + table.measure.map(_NAMES)
-    return pd.DataFrame(dict(metric=metric, overall=overall, **columns, chance=chance, note=note))
+    notes = [join_notes(few_note({"test questions": n}), note) for n in table.n]
+    return pd.DataFrame(dict(metric=metric, overall=overall, **columns, chance=chance, note=notes))
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #e91d1337
+# %% ../../nbs/9_tasks/08_answer.ipynb #73259d5e
 def _lacking(table, options):
     "Why a set cannot be used, in one line; empty where it can"
     train, test = (table[table.split == name] for name in ("train", "test"))
@@ -474,8 +475,8 @@ def _lacking(table, options):
         return f"{counts}; both are needed, as a column questions in metadata.csv"
     known = answer_vocabulary(train.answer, options.min_count)
     if len(known) < 2:
-        found = ", ".join(known) or "none"
-        return f"answers given at least min_count = {options.min_count} times in training: {found}; 2 are needed"
+        often = f"answers given at least min_count = {options.min_count} times in training"
+        return f"{often}: {len(known)}, but at least 2 are needed"
     n_studies, n_patients = train.study[train.answer.isin(known)].nunique(), test.patient_id.nunique()
     if n_studies < 2:
         return f"training studies with questions: {n_studies}, but at least 2 are needed"
@@ -488,7 +489,7 @@ def _parts(table, answers):
     kept = {name: (table.split == name) & (known | (name == "test")) for name in ("train", "val", "test")}
     return {name: table[rows].sort_values("study", kind="stable") for name, rows in kept.items()}
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #ec5bfccd
+# %% ../../nbs/9_tasks/08_answer.ipynb #53529a90
 def answer(  # noqa: F811, the method of AnswerModel has the same name
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is
@@ -526,8 +527,9 @@ def answer(  # noqa: F811, the method of AnswerModel has the same name
 def _left_out(table, parts, tokenizer, options):
     rare = (table.split == "train").sum() - len(parts["train"])
     truncated = count_truncated(tokenizer, table.question, options.max_tokens)
-    notes = [f"{rare} training questions with rare answers left out"] * bool(rare)
-    return "; ".join(notes + [f"{truncated} questions truncated"] * bool(truncated))
+    few = few_note({"training studies with questions": parts["train"].study.nunique()})
+    left_out = f"{rare} training questions with rare answers left out" if rare else ""
+    return join_notes(few, left_out, f"{truncated} questions truncated" if truncated else "")
 
 
 def read_answers(
