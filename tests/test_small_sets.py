@@ -1,7 +1,7 @@
 """Sets that are too small or lack something: a task gives a reason or NaN with a note, never a traceback"""
 
 import warnings
-from functools import cache
+from functools import cache, partial
 
 import datasets
 import numpy as np
@@ -12,10 +12,15 @@ import torch
 from medvlp.data.prepare import png, study_features
 from medvlp.data.tokens import train_tokenizer
 from medvlp.methods.base import build_method
-from medvlp.project.config import ConfigError
+from medvlp.project.config import ComputeOptions, ConfigError
+from medvlp.tables.scoreboard import save_scoreboard, scoreboard
+from medvlp.tasks.answer import AnswerOptions, answer
 from medvlp.tasks.evaluate import EvaluateOptions, evaluate
+from medvlp.tasks.finetune import FinetuneOptions, finetune
 from medvlp.tasks.metrics.scores import load_scores, save_results
-from medvlp.tasks.probe import ProbeOptions
+from medvlp.tasks.metrics.text import text_metrics
+from medvlp.tasks.probe import ProbeOptions, label_frame
+from medvlp.tasks.report import ReportOptions, report
 from medvlp.tasks.retrieval import RetrievalOptions
 from medvlp.tasks.zero_shot import ZeroShotOptions
 
@@ -27,22 +32,35 @@ PROMPTS = """findings:
 """
 
 
-def study(i, split, patient=None, report=True, labels=(1, 0), box="effusion"):
-    text = f"Film {i}. Large effusion and a small nodule." if report else ""
+def study(i, split, patient=None, report=True, labels=(1, 0), box="effusion", text=None, names=LABELS):
+    text = (text or f"Film {i}. Large effusion and a small nodule.") if report else ""
     image = png(PIL.Image.fromarray(np.random.default_rng(i).integers(0, 255, (36, 36), np.uint8)))
-    names = dict(study_id=str(i), patient_id=patient or f"p{i}", view="PA", findings=text, impression="", split=split)
+    row = dict(study_id=str(i), patient_id=patient or f"p{i}", view="PA", findings=text, impression="", split=split)
     boxes = [dict(label=box, box=[0.3, 0.3, 0.7, 0.7])] if box else []
-    about = dict(paired=report, image=image, mask=None, boxes=boxes, questions=[])
-    return names | about | (dict(labels=dict(zip(LABELS, labels))) if labels else {})
+    questions = [
+        dict(question="Is it bright?", answer=["no", "yes"][i % 2], answer_type="", question_type="", split="")
+    ]
+    about = dict(paired=report, image=image, mask=None, boxes=boxes, questions=questions)
+    return row | about | (dict(labels=dict(zip(names, labels))) if labels else {})
 
 
 def study_set(*rows):
-    features = study_features(LABELS if "labels" in rows[0] else [])
+    features = study_features(list(rows[0].get("labels", {})))
     return datasets.Dataset.from_list(list(rows), features=features)
 
 
 def both(i):
     return i % 2, i // 2 % 2
+
+
+def of_one_patient_each(i):
+    "Three images a patient, all with one report"
+    split = ["train", "train", "val", "test", "test"][i // 3 % 5]
+    return study(i, split, f"p{i // 3}", labels=both(i), text=f"Film {i // 3}. No effusion.")
+
+
+def foreign(i):
+    return study(i, ["train", "test"][i // 4 % 2], labels=both(i), names=["Lungenödem (links)", "  "], box="")
 
 
 SETS = {
@@ -63,6 +81,9 @@ SETS = {
     "boxes in the test split only": study_set(
         *(study(i, "test" if i > 5 else "train", labels=both(i), box="effusion" if i > 5 else "") for i in range(12))
     ),
+    "several images a study": study_set(*(of_one_patient_each(i) for i in range(30))),
+    "twenty training studies": study_set(*(study(i, "train" if i < 20 else "test", labels=both(i)) for i in range(50))),
+    "labels in another language": study_set(*(foreign(i) for i in range(16))),
     "most of one patient": study_set(*(study(i, "test", "ann" if i < 3 else "bob", labels=both(i)) for i in range(4))),
 }
 
@@ -154,3 +175,65 @@ def test_classes_that_the_set_does_not_have(mpma, options):
     five = options.model_copy(update=dict(retrieval=RetrievalOptions(classes=["Edema", "Atelectasis"])))
     scores = evaluate(*mpma, SETS["two test studies"], options=five)["retrieval"].scores.set_index("metric")
     assert scores.note["2x0 P@K"] == "the set has no label Edema, Atelectasis"
+
+
+TRAINING = dict(epochs=1, min_steps=1, batch_size=4, patience=1, n_resamples=20)
+TRAINED = {
+    "finetune": FinetuneOptions(fractions=[0.01, 0.1], **TRAINING),
+    "report": ReportOptions(hidden_size=32, layers=1, heads=2, max_tokens=8, **TRAINING),
+    "answer": AnswerOptions(dim=16, max_tokens=8, **TRAINING),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(mpma, tmp_path_factory):
+    model, tok = mpma
+
+    def run(task, studies):
+        output = tmp_path_factory.mktemp(task)
+        place = dict(compute=ComputeOptions(device="cpu", precision="fp32"), checkpoints=output / "checkpoints")
+        place |= dict(output=output / "model")
+        if task == "finetune":
+            return finetune(model, studies, label_frame(studies), TRAINED[task], **place)
+        return dict(report=report, answer=answer)[task](model, tok, studies, TRAINED[task], **place)
+
+    with pytest.MonkeyPatch.context() as patch:  # starting Java takes seconds
+        patch.setattr("medvlp.tasks.report.text_metrics", partial(text_metrics, java="no-java"))
+        yield run
+
+
+@pytest.mark.parametrize("task", TRAINED)
+@pytest.mark.parametrize("name", SETS)
+def test_a_task_that_trains_gives_a_reason_or_a_note(name, task, trained):
+    scores, _, reason, _ = trained(task, SETS[name])
+    assert bool(reason) == (not len(scores)) and "\n" not in reason
+    assert not len(scores[scores.value.isna() & (scores.note == "")]) and scores.metric.is_unique
+    assert not scores.note.str.contains("Film").any() and "Film" not in reason
+
+
+def test_few_studies_are_noted_and_marked(results, trained, tmp_path):
+    found = results("twenty training studies")
+    probe = found["probe"].scores.set_index("metric")
+    assert probe.note["AUROC 1 %"] == "fewer than 10 labelled training studies: 2; the same 2 studies as 10 %"
+    assert probe.note["AUROC 10 %"] == "fewer than 10 labelled training studies: 2; the same 2 studies as 1 %"
+    assert probe.note["AUROC 100 %"] == ""
+    tuned = dict(finetune=trained("finetune", SETS["twenty training studies"]))
+    assert "studies as 10 %" in tuned["finetune"].scores.set_index("metric").note["AUROC 1 %"]
+    facts = dict(experiment="small", data="set", method="mpma", seed=0)
+    save_results(found, tmp_path / "small/evaluate/set-mpma-0.csv", **facts)
+    save_results(tuned, tmp_path / "small/finetune/set-mpma-0.csv", **facts)
+    board = scoreboard(tmp_path, "small", dict(set="a small set"), ["mpma"], [0])
+    save_scoreboard(board, tmp_path / "small.md")
+    heads = board.markdown.split("\n")[2]
+    assert "probe AUROC 1 % ↑ †" in heads and "probe AUROC 100 % ↑ †" not in heads
+    assert "†: fewer than ten" in board.markdown
+
+
+def test_a_scoreboard_of_reasons_alone(results, tmp_path):
+    save_results(
+        results("one study"), tmp_path / "small/set-mpma-0.csv", experiment="small", data="set", method="mpma", seed=0
+    )
+    board = scoreboard(tmp_path, "small", dict(set="a small set"), ["mpma"], [0])
+    save_scoreboard(board, tmp_path / "small.md")
+    assert (tmp_path / "small.md").read_text().startswith("The experiment small has no scores to show")
+    assert (tmp_path / "small.png").is_file()

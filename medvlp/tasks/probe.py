@@ -69,7 +69,7 @@ def _cover(
             chosen.append(has[:, k].argmax())
     return [order[i] for i in chosen]
 
-# %% ../../nbs/9_tasks/01_probe.ipynb #de710059
+# %% ../../nbs/9_tasks/01_probe.ipynb #31c75490
 def label_subset(
     labels,  # [N,K] 1, 0, -1 uncertain, NaN unknown
     fraction: float,  # in (0,1], of the studies with a known label
@@ -83,7 +83,7 @@ def label_subset(
     order = np.random.default_rng(seed).permutation(known)
     first = _cover(labels, order)
     order = np.r_[first, order[~np.isin(order, first)]].astype(int)
-    return np.sort(order[: max(len(first), round(fraction * len(known)))])
+    return np.sort(order[: max(len(first), round(fraction * len(known)), 2)])
 
 # %% ../../nbs/9_tasks/01_probe.ipynb #fa3a0a54
 def fit_probe(
@@ -169,7 +169,7 @@ def class_notes(
     usable = (positive > 0) & (negative > 0)
     return [*notes, few_labels_note([note for note, u in zip(notes, usable) if u])]
 
-# %% ../../nbs/9_tasks/01_probe.ipynb #334bc03c
+# %% ../../nbs/9_tasks/01_probe.ipynb #5d1bb80a
 def _training_notes(
     subsets: list[list],  # for each fraction its subsets: row numbers
     fractions,  # F
@@ -179,8 +179,9 @@ def _training_notes(
     notes = []
     for f, some in zip(fractions, sizes):
         same = [f"{100 * g:g} %" for g, others in zip(fractions, sizes) if g != f and _all_equal(some, others)]
-        note = f"the same {some[0]} studies as {' and '.join(same)}" if same else ""
-        notes.append(join_notes(few_note({"labelled training studies": min(some)}), note))
+        n = round(np.mean(some))
+        note = f"the same {n} studies as {' and '.join(same)}" if same else ""
+        notes.append(join_notes(few_note({"labelled training studies": n}), note))
     return notes
 
 
