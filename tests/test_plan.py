@@ -29,7 +29,7 @@ def problems_of(tmp_path, change):
     return [problem.replace(str(file), "params.yaml") for problem in caught.value.problems]
 
 
-def twelve_mistakes(tree):
+def fourteen_mistakes(tree):
     tree["compute"]["threads"] = 0
     tree["data"]["hospital-a"]["sorce"] = "imagefolder"
     tree["data"]["hospital-c"] = dict(folder="no-such-folder")
@@ -42,10 +42,12 @@ def twelve_mistakes(tree):
     tree["tasks"]["finetune"]["methods"] = ["convrit"]
     tree["tasks"]["finetune"]["learning_rate"] = "0.002"
     tree["tasks"]["detct"] = dict(data=[], methods=[])
+    tree["tasks"]["evaluate"]["zero_shot"] = dict(prompts="no-such-prompts.yaml")
+    tree["tasks"]["report"]["findings"] = ["efusion"]
 
 
-def test_twelve_mistakes_are_found_at_once(tmp_path):
-    text = "\n".join(problems_of(tmp_path, twelve_mistakes))
+def test_fourteen_mistakes_are_found_at_once(tmp_path):
+    text = "\n".join(problems_of(tmp_path, fourteen_mistakes))
     for words in (
         "compute.threads: 0: input should be greater than 0 or input should be 'auto'",
         'data.hospital-a: there is no option "sorce": did you mean "source"?',
@@ -59,6 +61,8 @@ def test_twelve_mistakes_are_found_at_once(tmp_path):
         "tasks.finetune.learning_rate: '0.002': input should be a valid number",
         'tasks: there is no task "detct"',
         'there is no option "figurs": did you mean "figures"?',
+        "no-such-prompts.yaml: cannot be read: No such file",
+        'the labeller knows no finding "efusion": did you mean "effusion"?',
     ):
         assert words in text, f"{words}\n--- not in\n{text}"
 
@@ -69,6 +73,19 @@ def test_an_option_that_timm_does_not_have_is_found_by_building_the_method(tmp_p
 
     (problem,) = problems_of(tmp_path, change)
     assert problem.startswith("params.yaml: methods.mpma") and "embed_dims" in problem
+
+
+def test_a_network_that_timm_does_not_have_is_found_by_building_the_method(tmp_path):
+    (problem,) = problems_of(tmp_path, lambda tree: tree["methods"]["aga"].update(image_encoder=dict(name="resnet19")))
+    assert problem.startswith("params.yaml: methods.aga") and "resnet19" in problem
+
+
+def test_a_column_of_the_scoreboard_that_no_task_measures_is_found(tmp_path):
+    metrics = [["probe", "AUROC 50 %"], ["prob", "AUROC 1 %"], ["probe", "AUROC 1 %"]]
+    assert problems_of(tmp_path, lambda tree: tree["scoreboard"].update(metrics=metrics)) == [
+        'params.yaml: scoreboard.metrics: probe has no metric "AUROC 50 %": did you mean "AUROC 10 %"?',
+        'params.yaml: scoreboard.metrics: there is no task "prob": did you mean "probe"?',
+    ]
 
 
 def test_every_stage_of_dvc_has_a_file(tmp_path):

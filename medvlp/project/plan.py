@@ -319,6 +319,15 @@ class Resolved(NamedTuple):
     def needs(self, name: str) -> dict:  # labels, sections
         return _needs(self.experiment, name, self.tasks, self.methods)
 
+# %% ../../nbs/0_project/04_plan.ipynb #7677eee5
+def _metric_problems(resolved, file):
+    "Metrics of the scoreboard that no task measures"
+    tasks = {name: task.options for name, task in resolved.tasks.items()}
+    if resolved.scoreboard is None or not {"evaluate", "finetune"} <= set(tasks):
+        return []  # their own problems come first
+    check = importlib.import_module("medvlp.tables.scoreboard").metric_problems
+    return [f"{file}: scoreboard.metrics: {problem}" for problem in check(resolved.scoreboard.metrics, tasks)]
+
 # %% ../../nbs/0_project/04_plan.ipynb #9139e114
 def _top_level(problems, tree, file):
     "The parts of an experiment; parts that are missing or of the wrong kind are reported and left empty"
@@ -329,7 +338,7 @@ def _top_level(problems, tree, file):
     parts = {name: values if isinstance(values, dict) else {} for name, values in parts.items()}
     return Experiment.model_construct(experiment=str(tree.get("experiment", "")), **parts)
 
-# %% ../../nbs/0_project/04_plan.ipynb #3d100503
+# %% ../../nbs/0_project/04_plan.ipynb #1a89ff97
 def resolve(
     file: str | Path = "params.yaml",  # an experiment
     need_data: bool = True,  # whether the folders of data must exist
@@ -356,6 +365,7 @@ def resolve(
         problems.catch(validate, options_class(style), figures, f"{file}: figures"),
         problems.catch(validate, options_class(columns), experiment.scoreboard, f"{file}: scoreboard"),
     )
+    problems += _metric_problems(resolved, file)
     for name, options in resolved.sets.items():
         _check_prepared(problems, name, options, resolved.needs(name), file)
     if problems:
