@@ -31,7 +31,7 @@ def draw_pipeline(
     kinds.add_nodes_from(count)
     return draw(list(labels.values()), [(labels[a], labels[b]) for a, b in networkx.transitive_reduction(kinds).edges])
 
-# %% ../../nbs/0_project/07_view.ipynb #d7dc5895
+# %% ../../nbs/0_project/07_view.ipynb #eec538f8
 def trials_table(
     csv: str,  # of `dvc exp show --csv --only-changed`
 ):  # DataFrame: options and headline numbers by trials
@@ -39,13 +39,15 @@ def trials_table(
     import pandas as pd
 
     trials = pd.read_csv(io.StringIO(csv), dtype=str)
-    table = trials.set_index(trials.Experiment.fillna(trials.rev)).drop(columns=["Experiment", "rev", "typ", "Created"])
+    names = trials.get("Experiment", trials.rev).fillna(trials.rev)  # without trials, DVC leaves the column out
+    about = ["Experiment", "rev", "typ", "Created", "parent"]
+    table = trials.set_index(names).drop(columns=about, errors="ignore")
     hashes = [c for c in table if table[c].str.fullmatch(r"[0-9a-f]{32}(\.dir)?").any()]
     table = table.drop(columns=hashes).T.fillna("-")
     table.index = table.index.str.replace(r"^results/[^/]+/", "", regex=True).str.replace(".json:", " ")
     return table.rename_axis(index=None, columns=None)
 
-# %% ../../nbs/0_project/07_view.ipynb #1c9541c0
+# %% ../../nbs/0_project/07_view.ipynb #d2ce290d
 def main(
     argv: list[str] | None = None,  # the command line
 ) -> None:
@@ -53,8 +55,11 @@ def main(
     parser = argparse.ArgumentParser(prog="python -m medvlp.project.view", description="Narrow what DVC prints")
     parser.add_argument("what", choices=["dag", "trials"], help="what arrives on stdin")
     what, text = parser.parse_args(argv).what, sys.stdin.read()
-    if text.strip():
-        print(draw_pipeline(read_graph(text)) if what == "dag" else trials_table(text).to_string())
+    if what == "dag" and text.strip():
+        print(draw_pipeline(read_graph(text)))
+    elif text.strip():
+        table = trials_table(text)
+        print(table.to_string(max_colwidth=40) if len(table) else "no trial, and nothing differs from the last commit")
 
 
 if __name__ == "__main__" and "__file__" in globals():
