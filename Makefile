@@ -6,7 +6,7 @@ PYTHON ?= python3
 JOBS ?= $(if $(wildcard /dev/nvidia0),1,$(shell getconf _NPROCESSORS_ONLN))
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint lock.txt
 
-.PHONY: help install weights repro experiment check test lab export readme phantom lock
+.PHONY: help install weights repro experiment check dag trials test lab export readme phantom lock
 help:         ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  .*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 12
 
@@ -29,6 +29,12 @@ experiment: install ## EXP=name: put experiments/name.yaml in place of params.ya
 
 check: install ## check params.yaml and every experiment, or EXP=name, without running anything
 	python -m medvlp.project.plan --check $(or $(EXP:%=experiments/%.yaml),params.yaml experiments/*.yaml)
+
+dag: install ## draw the pipeline
+	@dvc dag --dot | python -m medvlp.project.view dag
+
+trials: install ## compare what `dvc exp run` tried with the last commit and the present state
+	@dvc exp show --csv --only-changed | python -m medvlp.project.view trials
 
 test: install ## style, the notebooks' own tests, pytest; FLAGS="slow cuda" adds the flagged ones
 	ruff check --quiet nbs tests
