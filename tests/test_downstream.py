@@ -74,7 +74,8 @@ def train(kind, folder, seed=0, wrong_validation=False, **changes):
         finetune(method, studies, labels, options, **place, output=folder / kind)
         return Classifier.from_pretrained(folder / kind)
     if kind == "reporter":
-        options = ReportOptions(**budget, hidden_size=16, layers=1, heads=2, max_tokens=16)
+        sizes = dict(hidden_size=16, layers=1, heads=2, max_tokens=16)
+        options = ReportOptions(**budget, **sizes, sections=["findings"])
         return train_reporter(method, tokenizer, split_studies(studies), options, **place)
     table, options = question_table(studies), AnswerOptions(**budget, dim=16, questions_per_study=1)
     parts = {name: table[table.split == name] for name in ("train", "val")}

@@ -15,7 +15,8 @@ from medvlp.methods.base import build_method
 from medvlp.project.config import ComputeOptions, ConfigError
 from medvlp.tables.scoreboard import save_scoreboard, scoreboard
 from medvlp.tasks.answer import AnswerOptions, answer
-from medvlp.tasks.evaluate import EvaluateOptions, evaluate
+from medvlp.tasks.evaluate import EvaluateOptions, _prompts, evaluate
+from medvlp.tasks.evaluate import study_set as read_set
 from medvlp.tasks.finetune import FinetuneOptions, finetune
 from medvlp.tasks.metrics.scores import load_scores, save_results
 from medvlp.tasks.metrics.text import text_metrics
@@ -169,6 +170,20 @@ def test_prompts_without_a_finding_of_the_set(mpma, options, tmp_path):
     missing = options.model_copy(update=dict(zero_shot=ZeroShotOptions(prompts="nowhere.yaml")))
     with pytest.raises(ConfigError, match="zero_shot.prompts: nowhere.yaml: cannot be read"):
         evaluate(*mpma, SETS["two test studies"], options=missing)
+
+
+def test_labels_without_sentences_are_listed_in_one_line(options, caplog):
+    rows = (study(i, "test", labels=both(i), names=["effusion", "Rippenbruch"]) for i in range(4))
+    assert list(_prompts(read_set(study_set(*rows)), options)) == ["effusion"]
+    (line,) = caplog.messages
+    assert line.startswith("zero-shot classification leaves out Rippenbruch: ") and line.endswith("under `findings:`")
+
+
+def test_a_report_without_the_section_that_a_method_reads(mpma, options):
+    rows = [study(i, "test", labels=both(i)) for i in range(6)]
+    rows += [row | dict(study_id=f"x{row['study_id']}", findings="", impression=row["findings"]) for row in rows[:3]]
+    found = evaluate(*mpma, study_set(*rows), options=options, sections=["findings"])
+    assert found["retrieval"].scores.n[0] == 6
 
 
 def test_classes_that_the_set_does_not_have(mpma, options):

@@ -39,7 +39,7 @@ class EvaluateOptions(Options):
     zero_shot: ZeroShotOptions = Field(ZeroShotOptions(), description="zero-shot classification")
     n_resamples: PositiveInt = Field(1000, description="bootstrap resamples of the test patients")
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #8dd1cbb5
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #041f1eb5
 class StudySet(NamedTuple):
     "A prepared set as the tasks read it"
 
@@ -48,6 +48,7 @@ class StudySet(NamedTuple):
     split: np.ndarray  # [N] train, val or test
     patients: np.ndarray  # [N]
     pairs: np.ndarray  # rows of the test studies with a report
+    reports: list[str]  # of the pairs
 
     def rows(self, split: str) -> np.ndarray:
         "Row numbers of a split"
@@ -57,13 +58,17 @@ class StudySet(NamedTuple):
 def study_set(
     studies,  # of load_studies, all splits
     labels=(),  # names of the labels that tasks use; empty: every label of the set
+    sections=("impression", "findings"),  # of the report, as in training
 ) -> StudySet:
     "Read what the tasks need of a set; ConfigError for a label that the set does not have"
     split, patients, paired = (np.array(studies[k][:]) for k in ("split", "patient_id", "paired"))
-    pairs = np.flatnonzero((split == "test") & paired.astype(bool))
-    return StudySet(studies, label_frame(studies, labels), split, patients, pairs)
+    rows = np.flatnonzero((split == "test") & paired.astype(bool))
+    texts = studies.select(rows).select_columns(["findings", "impression"])
+    reports = {row: text for row, study in zip(rows, texts) if (text := report_text(study, sections))}
+    pairs = np.array(list(reports), int)
+    return StudySet(studies, label_frame(studies, labels), split, patients, pairs, list(reports.values()))
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #94582ec3
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #473fb76b
 class SetVectors(NamedTuple):
     "What a method makes of a set"
 
@@ -77,7 +82,6 @@ def set_vectors(
     model,
     tokenizer,  # a loaded method and its tokenizer
     data: StudySet,
-    reports: list[str],  # of the test pairs
     max_tokens: int = 112,
     workers: int = 0,
 ) -> SetVectors:
@@ -92,8 +96,8 @@ def set_vectors(
         parts["rest"], images = image_embeddings(model, tokenizer, data.studies.select(held_out), **loading)
     order = np.argsort(np.r_[train, held_out])
     similarity = None
-    if reports:
-        texts = text_embeddings(model, tokenizer, reports, max_tokens)
+    if data.reports:
+        texts = text_embeddings(model, tokenizer, data.reports, max_tokens)
         with torch.inference_mode():
             similarity = model.similarity(images[place[data.pairs]], texts).float().cpu().numpy()
     return SetVectors(np.concatenate(list(parts.values()))[order], images, place, similarity)
@@ -142,10 +146,10 @@ def _no_equal_set(classes, metric, reason):
     numbers = dict.fromkeys(["value", "low", "high", "chance"], np.nan)
     return pd.DataFrame([dict(metric=f"{len(classes)}x0 {metric}", overall=False, **numbers, n=0, note=reason)])
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #3c9bbe24
-def _retrieval(data, vectors, reports, options):
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #7d78ac8e
+def _retrieval(data, vectors, options):
     "Notebook 02_retrieval on the test pairs, and on the set of equal classes"
-    patients = data.patients[data.pairs]
+    patients, reports = data.patients[data.pairs], data.reports
     if reason := _too_few_patients(patients, "test studies with a report"):
         return no_result(reason)
     similarity, labels, names = vectors.similarity, data.labels.iloc[data.pairs], list(data.labels)
@@ -238,7 +242,7 @@ def _reconstruction(model, tokenizer, data, options, reading):
         return no_result("no shift of the test studies gives each an image of another patient")
     return TaskResult(reconstruction_scores(table), table)
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #2b9c1d8b
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #47111922
 def evaluate(
     model,
     tokenizer,  # a loaded method and its tokenizer
@@ -253,14 +257,12 @@ def evaluate(
     "Every task that leaves the encoders frozen; ConfigError for unusable options, a reason for what the set lacks"
     from medvlp.data.batches import resolve_workers
 
-    data = study_set(studies, labels)
+    data = study_set(studies, labels, sections)
     sentences = _prompts(data, options)
     workers = resolve_workers(compute.workers, model.device.type)
-    texts = studies.select(data.pairs).select_columns(["findings", "impression"])
-    reports = [report_text(study, sections) for study in texts]
-    vectors = set_vectors(model, tokenizer, data, reports, max_tokens, workers)
+    vectors = set_vectors(model, tokenizer, data, max_tokens, workers)
     results = dict(probe=_probe(data, vectors, options))
-    results["retrieval"] = _retrieval(data, vectors, reports, options)
+    results["retrieval"] = _retrieval(data, vectors, options)
     if reason := _zero_shot_reason(data, sentences, options):
         results["zero_shot"] = no_result(reason)
     else:

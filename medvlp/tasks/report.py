@@ -124,12 +124,12 @@ def _decoder_sizes(options):
         attention_probs_dropout_prob=options.dropout,
     )
 
-# %% ../../nbs/9_tasks/07_report.ipynb #68a9f9f9
+# %% ../../nbs/9_tasks/07_report.ipynb #63d0c565
 def train_reporter(
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is
     studies: dict,  # {"train", "val"} of `reported`
-    options: ReportOptions,
+    options: ReportOptions,  # of `fit_to_set`
     *,
     seed: int = 0,
     compute: ComputeOptions = ComputeOptions(),
