@@ -186,6 +186,15 @@ def test_a_report_without_the_section_that_a_method_reads(mpma, options):
     assert found["retrieval"].scores.n[0] == 6
 
 
+def test_classes_that_nobody_names_are_those_of_the_set(mpma, options):
+    unnamed = options.model_copy(update=dict(retrieval=RetrievalOptions(precision_ks=[2])))
+    found = evaluate(*mpma, SETS["twenty training studies"], options=unnamed)
+    assert {"2x7 P@2", "2x7 P@2 nodule"} <= set(found["retrieval"].scores.metric)
+    assert "2x7 which accuracy" in set(found["zero_shot"].scores.metric)
+    silent = evaluate(*mpma, SETS["two test studies"], options=unnamed)
+    assert not silent["retrieval"].scores.metric.str.contains("x").any()
+
+
 def test_classes_that_the_set_does_not_have(mpma, options):
     five = options.model_copy(update=dict(retrieval=RetrievalOptions(classes=["Edema", "Atelectasis"])))
     scores = evaluate(*mpma, SETS["two test studies"], options=five)["retrieval"].scores.set_index("metric")

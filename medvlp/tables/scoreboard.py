@@ -245,7 +245,7 @@ def _test_studies(summary, data):
     n = summary.n[(summary.data == data) & (summary.task != "answer")]
     return f" ({_range(n)} test studies)" if len(n) else ""
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #9578e930
+# %% ../../nbs/tables/00_scoreboard.ipynb #a184dfda
 def caption(
     summary: pd.DataFrame,  # of `select` and `mark_best`
     titles: dict[str, str],  # of the data sets
@@ -258,7 +258,7 @@ def caption(
     if known := [f"{d}: {titles[d]}" for d in trained_on]:
         text.insert(0, f"Pre-trained on {'; '.join(known)}.")
     if _few(summary).any():
-        text.append("†: fewer than ten studies behind a number; the column `note` of the CSV says of what.")
+        text.append("†: fewer than ten studies behind a number; the column `note` of the CSV says which.")
     if (summary.seeds == 1).any():
         text.append("Brackets: 95 % bootstrap interval over test patients, one seed.")
     if (summary.seeds > 1).any():
