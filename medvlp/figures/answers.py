@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['answer_maps', 'answer_examples', 'plot_answers']
 
-# %% ../../nbs/figures/08_answers.ipynb #ffc2b6a5
-import textwrap
+# %% ../../nbs/figures/08_answers.ipynb #f0f661b3
 import pandas as pd, torch, matplotlib.pyplot as plt
 from torch import Tensor
-from .heatmaps import COLOURS, draw_map, top_weight
-from .style import figure_style, sheet
+from .heatmaps import COLOURS, draw_map, is_flat, top_weight
+from .samples import different_patients
+from .style import figure_style, sheet, wrap_text
 from ..tasks.answer import AnswerModel, CollateQuestions, QuestionExamples
 
 # %% ../../nbs/figures/08_answers.ipynb #8172a8f3
@@ -41,23 +41,23 @@ def answer_maps(
         (g,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), v)
     return _cam(v.detach(), g).cpu(), grid
 
-# %% ../../nbs/figures/08_answers.ipynb #cee1bb23
+# %% ../../nbs/figures/08_answers.ipynb #033575b5
 def _choose_questions(
     table: pd.DataFrame,  # of tasks.answer.read_answers
+    patient_ids: list[str],  # of all studies
     n: int = 8,  # at most
 ) -> pd.DataFrame:  # some of its rows
     "One question per study, in the order of the set, alternating kinds and open and closed questions"
-    shown, used = [], {}
-    for _, questions in table.groupby("study"):
-        if len(shown) == n:
-            break
+    shown, used, studies = [], {}, list(table.groupby("study"))
+    for i in sorted(different_patients([patient_ids[study] for study, _ in studies], n)):
+        questions = studies[i][1]
         kinds = dict(zip(questions.index, zip(questions.kind, questions.closed)))
         i = min(kinds, key=lambda i: used.get(kinds[i], 0))
         used[kinds[i]] = used.get(kinds[i], 0) + 1
         shown.append(i)
     return table.loc[shown]
 
-# %% ../../nbs/figures/08_answers.ipynb #5e8c6149
+# %% ../../nbs/figures/08_answers.ipynb #f9086872
 def answer_examples(
     model: AnswerModel,  # in evaluation mode
     studies,  # the set that the questions are about
@@ -65,7 +65,7 @@ def answer_examples(
     n: int = 8,  # at most
 ) -> list[dict]:  # question, given, answer; image [H,W]; map [N], grid
     "Test questions with the answers given and their maps"
-    shown, answers = _choose_questions(answered, n), model.config.answers
+    shown, answers = _choose_questions(answered, studies["patient_id"][:], n), model.config.answers
     data = QuestionExamples(studies, shown, answers, model.config.image["image_size"])
     batch = CollateQuestions(model.tokenizer, model.config.max_tokens)([data[i] for i in range(len(data))])
     given = torch.tensor([answers.index(a) for a in shown.given], device=model.device)
@@ -74,21 +74,19 @@ def answer_examples(
     images = batch["images"][:, 0].cpu()
     return [t | dict(image=i.numpy(), map=m.numpy(), grid=grid) for t, i, m in zip(texts, images, maps)]
 
-# %% ../../nbs/figures/08_answers.ipynb #7ac2fe14
+# %% ../../nbs/figures/08_answers.ipynb #0497a238
 def _answer_lines(
     e: dict,  # of `answer_examples`
-    width: int = 34,  # characters per line
+    width: float = 36,  # of a line, in average letters
 ) -> str:
     "Question, reference and answer, as below an image"
-
-    def wrap(text, lines):
-        return "\n".join(textwrap.wrap(text.replace("$", r"\$"), width, max_lines=lines, placeholder=" …"))
-
     mark = "  ✓" if e["given"] == e["answer"] else "  ✗"
-    reference, answer = wrap(f"reference: {e['answer']}", 2), wrap(f"answer: {e['given']}", 2)
-    return "\n".join([wrap(e["question"], 3), reference, answer + mark])
+    reference, answer = (
+        wrap_text(f"{k}: {e[v]}", width, 2) for k, v in dict(reference="answer", answer="given").items()
+    )
+    return "\n".join([wrap_text(e["question"], width, 3), reference, answer + mark])
 
-# %% ../../nbs/figures/08_answers.ipynb #42d062ae
+# %% ../../nbs/figures/08_answers.ipynb #cf45442b
 _CORRECT, _WRONG = "#0b7a4b", "#b3261e"
 
 
@@ -101,7 +99,7 @@ def plot_answers(
     "A sheet of answers: their maps, with question, reference and answer below (as MPMA Fig. 5)"
     if not shown:
         raise ValueError("answers: there are no test questions to show")
-    fig, axes = sheet(len(shown), columns, (2.2, 2.75), (0.6, 0.2), title)
+    fig, axes = sheet(len(shown), columns, (2.2, 2.75), (0.6, 0), title)
     for ax, e in zip(axes.flat, shown):
         _draw_answer(ax, e)
     scale = plt.cm.ScalarMappable(cmap=COLOURS)
@@ -116,5 +114,7 @@ def _draw_answer(ax, e):
     ax.axis("on")
     ax.spines[:].set_visible(False)
     ax.set(xticks=[], yticks=[])
+    if is_flat(e["map"]):
+        ax.set_title("flat map", fontsize=7, loc="left")
     colour = _CORRECT if e["given"] == e["answer"] else _WRONG
     ax.set_xlabel(_answer_lines(e), fontsize=7, loc="left", linespacing=1.3, color=colour)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['read_curves', 'plot_curves']
 
-# %% ../../nbs/figures/03_curves.ipynb #9e20c882
-import pandas as pd, matplotlib.pyplot as plt
+# %% ../../nbs/figures/03_curves.ipynb #9019a17a
+import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from pathlib import Path
-from .style import PALETTE, figure_style
+from .style import PALETTE, figure_style, shorten, steady_limits
 
 # %% ../../nbs/figures/03_curves.ipynb #b54d42ab
 def _read_metric(
@@ -45,7 +45,7 @@ def read_curves(
         tables.append(t[t.term != "epoch"].assign(run=run, epoch=lambda d: d.step.map(epochs).astype(float)))
     return pd.concat(tables, ignore_index=True)[["run", "split", "term", "step", "epoch", "value"]]
 
-# %% ../../nbs/figures/03_curves.ipynb #4aafed8c
+# %% ../../nbs/figures/03_curves.ipynb #9bd8dd47
 _LINES = {
     "train": dict(linestyle="-", linewidth=1),
     "eval": dict(linestyle="--", linewidth=1, marker="o", markersize=3.5),
@@ -55,38 +55,45 @@ _LINES = {
 def _draw_term(
     ax,  # axes to draw in
     curves,  # rows of `read_curves`, one term
-    colours: dict,  # run: colour
+    colours: dict,  # run or method: colour
+    hue: str,  # "run" or "method"
     x: str,  # "epoch" or "step"
 ):
     "One term of all runs"
-    for (run, split), g in curves.groupby(["run", "split"], sort=False):
-        ax.plot(g[x], g.value, color=colours[run], **_LINES[split])
-    ax.set(title=curves.term.iloc[0], xlabel=x)
+    for (_, split), g in curves.groupby(["run", "split"], sort=False):
+        dash = dict(marker="_", markersize=10) if len(g) == 1 and split == "train" else {}
+        ax.plot(g[x], g.value, color=colours[g[hue].iloc[0]], **_LINES[split], **dash)
+    ax.xaxis.get_major_locator().set_params(integer=x == "step")
+    ax.set(title=shorten(curves.term.iloc[0], 36), xlabel=x)
+    steady_limits(ax)
 
-# %% ../../nbs/figures/03_curves.ipynb #db28b96d
+# %% ../../nbs/figures/03_curves.ipynb #27f23f97
 @figure_style()
 def plot_curves(
-    curves,  # from `read_curves`
+    curves,  # from `read_curves`; may have a column `method`
     terms=None,  # which terms, in this order; None: all, `loss` first
     columns: int = 3,  # panels side by side
 ) -> plt.Figure:
     "One panel per term, training and validation values together; ValueError for a term that no run has"
+    curves = curves[np.isfinite(curves.value)]
     found = sorted(curves.term.unique(), key=lambda t: (t != "loss", t))
     terms = list(found if terms is None else terms)
     if missing := [t for t in terms if t not in found]:
         raise ValueError(f"curves: no term {missing}; the runs have {found}")
     x = "step" if curves.epoch.isna().any() else "epoch"
-    colours = {r: PALETTE[i % 10] for i, r in enumerate(curves.run.unique())}
+    hue = "method" if "method" in curves else "run"
+    colours = {name: PALETTE[i % 10] for i, name in enumerate(curves[hue].unique())}
     columns, height = min(columns, len(terms)), -(-len(terms) // columns)
-    fig, axes = plt.subplots(height, columns, figsize=(2.5 * columns + 1.2, 2.1 * height), squeeze=False)
+    handles = [Line2D([], [], color=c, label=shorten(name, 36)) for name, c in colours.items()]
+    names = dict(train="training", eval="validation")
+    handles += [Line2D([], [], color="k", label=names[s], **_LINES[s]) for s in _LINES if s in set(curves.split)]
+    size = 2.5 * columns + 1.2, max(2.1 * height, 0.17 * len(handles) + 0.2)
+    fig, axes = plt.subplots(height, columns, figsize=size, squeeze=False)
     for ax in axes.flat[len(terms) :]:
         ax.axis("off")
     for ax, term in zip(axes.flat, terms):
-        _draw_term(ax, curves[curves.term == term], colours, x)
+        _draw_term(ax, curves[curves.term == term], colours, hue, x)
     for ax in axes[:, 0]:
         ax.set_ylabel("value")
-    handles = [Line2D([], [], color=c, label=r) for r, c in colours.items()]
-    names = dict(train="training", eval="validation")
-    handles += [Line2D([], [], color="k", label=names[s], **_LINES[s]) for s in _LINES if s in set(curves.split)]
     fig.legend(handles=handles, loc="outside right center")
     return fig

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['plot_matches']
 
-# %% ../../nbs/figures/09_patches.ipynb #796f2bd0
+# %% ../../nbs/figures/09_patches.ipynb #3c9808ff
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 from ..encoders.features import grid_boxes
-from .heatmaps import bold, draw_truth, mark_words, truth_handle
-from .style import figure_style, sheet
+from .heatmaps import draw_truth, set_heading, truth_handle
+from .style import figure_style, legend_below, sheet, shorten
 from ..tasks.pointing import centres
 
 # %% ../../nbs/figures/09_patches.ipynb #8ca65310
@@ -25,7 +25,7 @@ def _matches(
         found.setdefault(best, {})[word] = None  # a dict keeps the order and drops repetitions
     return [(" ".join(words), patch) for patch, words in found.items()][:n]
 
-# %% ../../nbs/figures/09_patches.ipynb #420411b6
+# %% ../../nbs/figures/09_patches.ipynb #c09944d6
 def _draw_matches(
     ax,  # axes to fill
     e: dict,  # of `heatmaps.examples`
@@ -38,9 +38,8 @@ def _draw_matches(
     draw_truth(ax, e["boxes"])
     fixed = centres(grid_boxes(e["maps"].grid))
     for i, (words, k) in enumerate(_matches(e, n)):
-        _draw_box(ax, e["maps"].places[k], fixed[k], f"C{i}", words)
-    sentence = bold(mark_words(e["text"], e["spans"], e["words"]))
-    ax.set_title(f"{e['label']}\n{sentence}", fontsize=7, loc="left", linespacing=1.25)
+        _draw_box(ax, e["maps"].places[k], fixed[k], f"C{i}", shorten(words, 36))
+    set_heading(ax, e)
     tight = dict(fontsize=6.5, handlelength=1, labelspacing=0.3, borderpad=0.1)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), frameon=False, **tight)
 
@@ -53,7 +52,7 @@ def _draw_box(ax, box, fixed, colour, label):
     ax.annotate("", ((x0 + x1) / 2, (y0 + y1) / 2), fixed, arrowprops=arrow)
     ax.plot(*fixed, "o", color=colour, markersize=2.5)
 
-# %% ../../nbs/figures/09_patches.ipynb #529e8786
+# %% ../../nbs/figures/09_patches.ipynb #d05dc183
 @figure_style()
 def plot_matches(
     shown: list[dict],  # of `heatmaps.examples`
@@ -63,12 +62,12 @@ def plot_matches(
     "A sheet of findings: the adaptive patches that their words matched best"
     if not shown:
         raise ValueError("matches: no report names a finding, there is nothing to show")
-    fig, axes = sheet(len(shown), columns, (2.3, 3.5), (0, 0.4), title)
+    fig, axes = sheet(len(shown), columns, (2.3, 3.5), title=title)
     for ax, e in zip(axes.flat, shown):
         _draw_matches(ax, e)
     line = dict(marker="o", color=".3", markersize=2.5, linewidth=1.2)
-    handles = [plt.Line2D([], [], label="from the centre of the fixed patch to that of the adaptive one", **line)]
+    handles = [plt.Line2D([], [], label="centre of the fixed and of the adaptive patch", **line)]
     if any(len(e["boxes"]) for e in shown):
         handles.insert(0, truth_handle())
-    fig.legend(handles=handles, loc="outside lower center", ncols=2)
+    legend_below(fig, handles)
     return fig

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['prototype_scores', 'clusters', 'plot_prototypes']
 
-# %% ../../nbs/figures/05_prototypes.ipynb #7e354674
-import textwrap
+# %% ../../nbs/figures/05_prototypes.ipynb #418cd149
 import numpy as np, pandas as pd, torch, matplotlib.pyplot as plt
 from ..data.images import eval_transform
-from .style import figure_style
+from .samples import different_patients
+from .style import figure_style, set_title, shorten, wrap_text
 
 # %% ../../nbs/figures/05_prototypes.ipynb #4919efe6
 def _log_odds(
@@ -22,7 +22,7 @@ def _log_odds(
     b, d = (np.nansum(1 - x[i], 0) + 0.5 for i in (m, ~m))
     return np.log(a * d / (b * c)) / np.sqrt(1 / a + 1 / b + 1 / c + 1 / d)
 
-# %% ../../nbs/figures/05_prototypes.ipynb #ff67622b
+# %% ../../nbs/figures/05_prototypes.ipynb #201c33c0
 def _report_words(
     reports: list[str],  # [N]
     least: int = 3,  # words in fewer reports are left out
@@ -31,6 +31,9 @@ def _report_words(
     from sklearn.feature_extraction.text import CountVectorizer
 
     counter = CountVectorizer(binary=True, token_pattern=r"[^\W\d_]{3,}", stop_words="english")
+    split = counter.build_analyzer()
+    if not any(map(split, reports)):
+        return pd.DataFrame(index=range(len(reports)))
     found = counter.fit_transform(reports).toarray()
     return pd.DataFrame(found, columns=counter.get_feature_names_out()).loc[:, found.sum(0) >= least]
 
@@ -56,19 +59,21 @@ def prototype_scores(
         raise ValueError(f"{model.name} has no prototypes. Choose a method that has, e.g. mgca.")
     return model.prototypes.scores(vectors).float().cpu().numpy()
 
-# %% ../../nbs/figures/05_prototypes.ipynb #953e41b6
+# %% ../../nbs/figures/05_prototypes.ipynb #965bc2d7
 def clusters(
     scores,  # [N,K] cosines of the images with the prototypes
-    text_scores,  # [N,K] those of their reports
-    reports: list[str],  # [N]
+    text_scores=None,  # [N,K] those of their reports; None where there are none
+    reports: list[str] = (),  # [N]
     labels=None,  # DataFrame [N,...] of 1, 0, -1 uncertain, NaN unknown; None where there are none
     n: int = 6,  # prototypes, the most frequent ones
     images: int = 6,  # nearest studies of each
+    patient_ids=None,  # [N]; None: every study is of another patient
 ) -> list[dict]:  # prototype, size, agree, nearest: indices; labels: {name: fraction inside, fraction of all}; words
-    "The studies of the most frequent prototypes and what distinguishes them"
+    "The studies of the most frequent prototypes and what distinguishes them; without reports agree is NaN"
     assigned = np.argmax(scores, 1)
-    agree = assigned == np.argmax(text_scores, 1)
-    known, words = _known_labels(labels, len(assigned)), _report_words(reports)
+    agree = np.full(len(assigned), np.nan) if text_scores is None else assigned == np.argmax(text_scores, 1)
+    known, words = _known_labels(labels, len(assigned)), _report_words(reports or [""] * len(assigned))
+    patient_ids = np.arange(len(assigned)) if patient_ids is None else np.asarray(patient_ids)
     prototypes, sizes = np.unique(assigned, return_counts=True)
     found = []
     for k in prototypes[np.argsort(-sizes, kind="stable")][:n]:
@@ -78,7 +83,7 @@ def clusters(
                 prototype=int(k),
                 size=int(m.sum()),
                 agree=agree[m].mean(),
-                nearest=_nearest(np.asarray(scores)[:, k], m, images),
+                nearest=_nearest(np.asarray(scores)[:, k], m, images, patient_ids),
                 labels={l: (known[l][m].mean(), known[l].mean()) for l in _typical(known, m, 3)},
                 words=_typical(words, m),
             )
@@ -92,28 +97,27 @@ def _known_labels(labels, n):
     return table.astype(float).replace(-1, np.nan)
 
 
-def _nearest(scores, member, n):
-    "The studies of a cluster that are nearest to its prototype"
-    order = np.argsort(-np.where(member, scores, -np.inf), kind="stable")
-    return [int(i) for i in order[: min(n, member.sum())]]
+def _nearest(scores, member, n, patient_ids):
+    "The studies of a cluster that are nearest to its prototype, of different patients where there are enough"
+    order = np.flatnonzero(member)[np.argsort(-scores[member], kind="stable")]
+    return order[different_patients(patient_ids[order], n)].tolist()
 
-# %% ../../nbs/figures/05_prototypes.ipynb #8647432b
+# %% ../../nbs/figures/05_prototypes.ipynb #04ece4fa
 def _describe(
     c: dict,  # of `clusters`
     n: int,  # studies in total
-    width: int = 38,  # characters per line
+    width: float = 42,  # of a line, in average letters
 ) -> str:
     "A cluster in a few lines"
-    fractions = [f"{k} {inside:.0%} (of all studies {every:.0%})" for k, (inside, every) in c["labels"].items()]
-    lines = [
-        f"prototype {c['prototype']}: {c['size']} of {n} studies",
-        f"{c['agree']:.0%} of their reports have the same one",
-        *fractions,
-        "words: " + (", ".join(c["words"]) or "none is typical"),
-    ]
-    return "\n".join(textwrap.fill(l, width, subsequent_indent="   ") for l in lines)
+    lines = [f"prototype {c['prototype']}: {c['size']} of {n} studies"]
+    for label, (inside, every) in c["labels"].items():
+        lines.append(f"{shorten(label, width)} {inside:.0%} (of all studies {every:.0%})")
+    if not np.isnan(c["agree"]):
+        lines.insert(1, f"{c['agree']:.0%} of their reports have the same one")
+        lines.append("words: " + (", ".join(c["words"]) or "none is typical"))
+    return "\n".join(wrap_text(line, width, 4).replace("\n", "\n   ") for line in lines)
 
-# %% ../../nbs/figures/05_prototypes.ipynb #97334f0b
+# %% ../../nbs/figures/05_prototypes.ipynb #8198164e
 @figure_style()
 def plot_prototypes(
     found: list[dict],  # of `clusters`
@@ -123,15 +127,16 @@ def plot_prototypes(
 ) -> plt.Figure:
     "One row per prototype: the nearest images and what is typical of its studies"
     columns, cut = max(len(c["nearest"]) for c in found), eval_transform(size)
-    size = (1.2 * columns + 2.5, 1.25 * len(found) + 0.4)
-    fig, axes = plt.subplots(len(found), columns + 1, figsize=size, width_ratios=[1] * columns + [2], squeeze=False)
+    texts = [_describe(c, len(studies)) for c in found]
+    heights = [max(1.25, 0.14 * (text.count("\n") + 1)) for text in texts]
+    size, ratios = (1.2 * columns + 2.5, sum(heights)), dict(width_ratios=[1] * columns + [2], height_ratios=heights)
+    fig, axes = plt.subplots(len(found), columns + 1, figsize=size, squeeze=False, **ratios)
     for ax in axes.flat:
         ax.axis("off")
-    for row, c in zip(axes, found):
+    for row, c, text in zip(axes, found, texts):
         for ax, i in zip(row, c["nearest"]):
-            ax.imshow(cut(studies[i]["image"])[0], cmap="gray", vmin=0, vmax=1)
+            ax.imshow(cut(studies[i]["image"])[0].numpy(), cmap="gray", vmin=0, vmax=1)
         place = dict(transform=row[-1].transAxes, va="top")
-        row[-1].text(0, 1, _describe(c, len(studies)), fontsize=7.5, linespacing=1.25, **place)
-    if title:
-        fig.suptitle(title, fontsize=10)
+        row[-1].text(0, 1, text, fontsize=7.5, linespacing=1.25, **place)
+    set_title(fig, title)
     return fig

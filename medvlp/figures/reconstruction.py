@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['plot_reconstructions', 'reconstructions']
 
-# %% ../../nbs/figures/07_reconstruction.ipynb #2f812de8
+# %% ../../nbs/figures/07_reconstruction.ipynb #b7502976
 import numpy as np, matplotlib.pyplot as plt, torch
 from ..data.images import address, eval_transform
 from ..data.reports import report_text
 from ..data.tokens import encode
-from .style import PALETTE, figure_style, set_words
+from .style import PALETTE, break_lines, figure_style, legend_below, set_title, set_words
 from ..losses.masked import patchify, unpatchify
 from ..tasks.pointing import word_spans
 
@@ -41,56 +41,28 @@ _LOOKS = {  # text properties
     "wrong": dict(color="white") | _box(PALETTE[3]),
 }
 
-# %% ../../nbs/figures/07_reconstruction.ipynb #b3b78b32
+# %% ../../nbs/figures/07_reconstruction.ipynb #94387e7f
+_PUNCTUATION = tuple(".,;:!?)")  # stay with the word before them
+
+
 def _word_states(
     words: list[str],  # of a report
     predictions: list[str | None],  # None where the word is visible
-) -> list[list[tuple[str, str]]]:  # (word, its look): masked, reconstruction, original
+) -> list[list[tuple[str, bool, str]]]:  # (word, whether a space stands before it, its look): the three states
     "A report with masked words, with predictions in their place, and as it is"
     if len(words) != len(predictions):
         message = f"reconstruction: {len(words)} words, but {len(predictions)} predictions."
         raise ValueError(f"{message} Give None for a visible word.")
     masked, reconstruction, original = [], [], []
     for word, predicted in zip(words, predictions):
-        visible = predicted is None
-        masked.append((word, "visible" if visible else "masked"))
-        original.append((word, "visible" if visible else "original"))
+        visible, space = predicted is None, word not in _PUNCTUATION
+        masked.append((word, space, "visible" if visible else "masked"))
+        original.append((word, space, "visible" if visible else "original"))
         look = "visible" if visible else "correct" if predicted == word else "wrong"
-        reconstruction.append((word if visible else predicted, look))
+        reconstruction.append((word if visible else predicted, space, look))
     return [masked, reconstruction, original]
 
-# %% ../../nbs/figures/07_reconstruction.ipynb #4be0d7c7
-_PUNCTUATION = tuple(".,;:!?)")
-
-
-def _break_lines(
-    words: list[tuple[str, str]],  # of `_word_states`
-    width: int = 40,  # characters per line
-) -> list[list[tuple[str, str]]]:  # lines of them
-    "Break words into lines; a punctuation mark stays with the word before it"
-    lines, used = [[]], 0
-    for word, look in words:
-        glued = word in _PUNCTUATION and lines[-1]
-        if used + len(word) + 1 > width and not glued and lines[-1]:
-            lines, used = lines + [[]], 0
-        lines[-1].append((word, look))
-        used += len(word) + (0 if glued else 1)
-    return lines
-
-# %% ../../nbs/figures/07_reconstruction.ipynb #2a67766a
-def _draw_words(
-    ax,  # axes to fill
-    words: list[tuple[str, str]],  # of `_word_states`
-    width: int = 40,  # characters per line
-):
-    "A report set word by word, each in its look"
-    lines = [
-        [(word, i > 0 and word not in _PUNCTUATION, _LOOKS[look]) for i, (word, look) in enumerate(line)]
-        for line in _break_lines(words, width)
-    ]
-    set_words(ax, lines, size=6.5)
-
-# %% ../../nbs/figures/07_reconstruction.ipynb #36358456
+# %% ../../nbs/figures/07_reconstruction.ipynb #9df6a20d
 @figure_style()
 def plot_reconstructions(
     images,  # n of [H,W] in 0..1
@@ -99,43 +71,42 @@ def plot_reconstructions(
     words,  # n lists, as for `_word_states`
     predictions,  # n lists, as for `_word_states`
     title: str = "",  # usually the method
-    width: int = 40,  # characters per line
+    width: float = 42,  # of a line, in average letters
 ) -> plt.Figure:
     "A sheet of studies: image and report masked, reconstructed and as they are; ValueError if there are none"
     if not len(images):
         raise ValueError("reconstruction: there are no studies to show")
-    texts = [_word_states(*x) for x in zip(words, predictions, strict=True)]
-    text_height = lambda states: 0.155 * max(len(_break_lines(s, width)) for s in states) + 0.15
-    heights = [h for states in texts for h in (1.75, text_height(states))]
-    size = (6.6, sum(heights) + 0.8)
+    states = [_word_states(*x) for x in zip(words, predictions, strict=True)]
+    texts = [[break_lines(state, width) for state in study] for study in states]
+    heights = [h for study in texts for h in (1.75, 0.155 * max(map(len, study)) + 0.15)]
+    size = (6.6, sum(heights) + 0.2)
     fig, axes = plt.subplots(len(heights), 3, figsize=size, height_ratios=heights, squeeze=False)
-    for i, (image, mask, predicted, states) in enumerate(zip(images, masks, pixels, texts, strict=True)):
+    for i, (image, mask, predicted, lines) in enumerate(zip(images, masks, pixels, texts, strict=True)):
         pictures, masked = _image_states(image, mask, predicted), np.asarray(mask, float).mean()
-        _draw_study(axes[2 * i : 2 * i + 2], pictures, states, masked, width)
+        _draw_study(axes[2 * i : 2 * i + 2], pictures, lines, masked)
     shown = {"masked": "masked", "correct": "correct word", "wrong": "wrong word"}
     colours = {label: _LOOKS[look]["bbox"]["facecolor"] for look, label in shown.items()}
     handles = [plt.Rectangle((0, 0), 1, 1, facecolor=c, label=label) for label, c in colours.items()]
-    fig.legend(handles=handles, loc="outside lower center", ncols=3)
-    if title:
-        fig.suptitle(title, fontsize=10)
+    if any(words):
+        legend_below(fig, handles)
+    set_title(fig, title)
     return fig
 
-# %% ../../nbs/figures/07_reconstruction.ipynb #f094eeb8
+# %% ../../nbs/figures/07_reconstruction.ipynb #811e183a
 def _draw_study(
     axes,  # [2,3]: images above, reports below
     pictures,  # of `_image_states`
-    texts,  # of `_word_states`
+    texts,  # lines of `_word_states`
     masked: float,  # fraction of the patches
-    width: int,  # characters per line
 ):
     "One study; above its reconstruction the mean squared error of masked pixels and the number of correct words"
     error = ((pictures[1] - pictures[2]) ** 2).mean() / masked
-    looks = [look for _, look in texts[1] if look != "visible"]
-    scores = f"error {error:.3f}, {looks.count('correct')}/{len(looks)} words"
+    looks = [look for line in texts[1] for *_, look in line if look != "visible"]
+    scores = f"error {error:.3f}" + f", {looks.count('correct')}/{len(looks)} words" * bool(looks)
     names = ("masked", f"reconstruction ({scores})", "original")
     for top, bottom, picture, text, name in zip(*axes, pictures, texts, names):
         _draw_image(top, picture, name)
-        _draw_words(bottom, text, width)
+        set_words(bottom, [[(word, space, _LOOKS[look]) for word, space, look in line] for line in text], size=6.5)
 
 
 def _draw_image(ax, picture, name):
@@ -145,7 +116,7 @@ def _draw_image(ax, picture, name):
     ax.set_anchor("W")
     ax.set_title(name, fontsize=7, loc="left")
 
-# %% ../../nbs/figures/07_reconstruction.ipynb #ef9eb9bb
+# %% ../../nbs/figures/07_reconstruction.ipynb #a4abe795
 def _predicted_words(
     tokenizer,  # a fast one
     text: str,  # a report
@@ -168,7 +139,8 @@ def _prediction(tokenizer, word, labels, predicted):
     if (labels == predicted).all():
         return word
     text = "".join(tokenizer.convert_ids_to_tokens(predicted.tolist())).replace("##", "")
-    return f"{text}*" if text == word else text
+    text = f"{text}*" if text == word else text
+    return text if len(text) <= 24 else f"{text[:23]}…"
 
 # %% ../../nbs/figures/07_reconstruction.ipynb #8077046e
 @torch.no_grad()

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['Run', 'all_figures', 'draw_all']
 
-# %% ../../nbs/figures/10_sheets.ipynb #ce02f9cd
+# %% ../../nbs/figures/10_sheets.ipynb #046ee6dc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from tqdm import tqdm
 from ..data.batches import resolve_device, resolve_workers
-from ..data.prepare import load_studies
+from ..data.labeller import TERMS
+from ..data.prepare import load_studies, read_manifest
 from ..data.reports import report_text
 from ..data.tokens import load_tokenizer
 from .curves import plot_curves, read_curves
@@ -20,8 +21,8 @@ from .heatmaps import examples, plot_heatmaps, plot_regions
 from .patches import plot_matches
 from .prototypes import clusters, plot_prototypes, prototype_scores
 from .reconstruction import plot_reconstructions, reconstructions
-from .samples import sample_sheet
-from .style import FigureOptions, save
+from .samples import different_patients, sample_sheet
+from .style import FigureOptions, message_figure, save
 from .thresholds import GATES, plot_thresholds
 from .tsne import plot_tsne_by_class, plot_tsne_by_method, prototype_class, study_class, tsne
 from ..methods.base import load_method
@@ -29,7 +30,7 @@ from ..project.config import ComputeOptions
 from ..tasks.embed import image_embeddings, text_embeddings
 from ..tasks.probe import label_frame
 
-# %% ../../nbs/figures/10_sheets.ipynb #a7a75865
+# %% ../../nbs/figures/10_sheets.ipynb #213d2818
 class Run(NamedTuple):
     "A trained method and where it lies"
 
@@ -45,30 +46,38 @@ class Run(NamedTuple):
 class _Data(NamedTuple):
     "What the figures take from a prepared set"
 
-    studies: Any  # test studies, or all where there is no test split
+    title: str
+    split: str  # "test ", or empty for a set that divides its questions, not its studies
+    studies: Any  # of this split
     labels: pd.DataFrame  # [N,K] of these
-    pairs: np.ndarray  # indices of the test studies with a report
+    pairs: list[int]  # indices of the test studies with a report
 
 
 def _read_data(prepared, labels):
-    "The studies to show"
-    studies, pairs = load_studies(prepared, "test"), np.zeros(0, int)
-    if len(studies):
-        pairs = np.flatnonzero(studies["paired"][:])
-    else:
-        studies = load_studies(prepared)  # a set that divides its questions, not its studies
-    return _Data(studies, label_frame(studies, labels), pairs)
+    "The studies to show: those of the test split, or all where there is none"
+    title, studies, split = read_manifest(prepared)["title"], load_studies(prepared, "test"), "test "
+    if not len(studies):
+        studies, split = load_studies(prepared), ""
+    pairs = np.flatnonzero(studies["paired"][:]).tolist() if split else []
+    return _Data(title, split, studies, label_frame(studies, labels), pairs)
 
-# %% ../../nbs/figures/10_sheets.ipynb #598fc47f
+
+def _first_studies(studies, n):
+    "The first studies, of different patients where there are enough"
+    return studies.select(different_patients(studies["patient_id"][:], n))
+
+# %% ../../nbs/figures/10_sheets.ipynb #5018ef7e
 class _Model(NamedTuple):
     "A loaded run, with all that its figures share"
 
     run: Run
     net: Any
     tokenizer: Any
-    pairs: Any  # test studies with a report
-    pair_labels: pd.DataFrame
-    embeddings: Any  # of the pairs' images
+    title: str  # the method and the set
+    studies: Any  # those with a report, or all where no study has one
+    labels: pd.DataFrame  # of these
+    embeddings: Any  # of their images
+    paired: bool  # whether they have reports
     reading: dict  # sections and max_tokens
     loading: dict  # workers
 
@@ -80,109 +89,114 @@ def _load(run, data, compute):
     reading = dict(sections=run.sections, max_tokens=run.max_tokens)
     loading = dict(workers=resolve_workers(compute.workers, device))
     features, embeddings = image_embeddings(net, tokenizer, data.studies, **reading, **loading)
-    pairs, pair_labels = data.studies.select(data.pairs), data.labels.iloc[data.pairs].reset_index(drop=True)
-    model = _Model(run, net, tokenizer, pairs, pair_labels, embeddings[data.pairs.tolist()], reading, loading)
-    return model, features
+    rows = data.pairs or list(range(len(data.studies)))
+    shown = data.studies.select(rows), data.labels.iloc[rows].reset_index(drop=True), embeddings[rows]
+    title = f"{run.method}, {data.title}"
+    return _Model(run, net, tokenizer, title, *shown, bool(data.pairs), reading, loading), features
 
-# %% ../../nbs/figures/10_sheets.ipynb #ba089591
+# %% ../../nbs/figures/10_sheets.ipynb #f9d41c11
 def _word_figures(m, options, labels):
     "Maps of words and regions, or boxes for adaptive patches"
-    found = examples(m.net, m.tokenizer, m.pairs, options.heatmaps, labels, **m.reading, **m.loading)
+    labels = [label for label in labels if label in TERMS]  # none: whatever the reports name
+    found = examples(m.net, m.tokenizer, m.studies, options.heatmaps, labels, **m.reading, **m.loading)
+    adaptive = "adaptive_patches" in m.net.capabilities
+    name = f"{'matches' if adaptive else 'words'}-{m.run.method}"
     if not found:
-        print(f"words-{m.run.method}: left out, since no test report names one of the findings")
+        yield name, message_figure(f"{m.title}: no test report names a finding, so there are no words to map.")
         return
-    if "adaptive_patches" in m.net.capabilities:
-        yield f"matches-{m.run.method}", plot_matches(found, title=m.run.method)
-    else:
-        yield f"words-{m.run.method}", plot_heatmaps(found, title=m.run.method)
+    yield name, (plot_matches if adaptive else plot_heatmaps)(found, title=m.title)
     boxed = [e for e in found if len(e["boxes"])][:5]
-    if not boxed:
-        print(f"regions-{m.run.method}: left out, since none of these findings has a box")
-        return
-    yield f"regions-{m.run.method}", plot_regions(boxed, title=m.run.method)
+    if boxed:
+        yield f"regions-{m.run.method}", plot_regions(boxed, title=m.title)
+    else:
+        reason = "no finding that these reports name has a box"
+        yield f"regions-{m.run.method}", message_figure(f"{m.title}: {reason}.")
 
-# %% ../../nbs/figures/10_sheets.ipynb #10bbc290
+# %% ../../nbs/figures/10_sheets.ipynb #8380289c
 def _prototype_figures(m, options):
-    "The test pairs by prototype, and the most frequent prototypes"
-    reports = [report_text(s, m.run.sections) for s in m.pairs.select_columns(["findings", "impression"])]
-    texts = text_embeddings(m.net, m.tokenizer, reports, m.run.max_tokens)
-    scores, text_scores = prototype_scores(m.net, m.embeddings), prototype_scores(m.net, texts)
-    known = m.pair_labels if len(m.pair_labels.columns) else None
-    if len(m.pairs) >= 5:
-        points = tsne(m.embeddings.float().cpu().numpy(), options.perplexity, options.seed)
-        colours = {"by prototype": prototype_class(scores.argmax(1))}
-        if known is not None:
-            colours = {"by finding": study_class(known.to_numpy(), list(known))} | colours
-        yield f"clusters-{m.run.method}", plot_tsne_by_class(points, colours, title=m.run.method)
-    found = clusters(scores, text_scores, reports, known, options.prototypes)
-    size = m.net.config.image["image_size"]
-    yield f"prototypes-{m.run.method}", plot_prototypes(found, m.pairs, size, title=m.run.method)
+    "The studies by prototype, and the most frequent prototypes"
+    scores, texts, reports = prototype_scores(m.net, m.embeddings), None, []
+    if m.paired:
+        reports = [report_text(s, m.run.sections) for s in m.studies.select_columns(["findings", "impression"])]
+        texts = prototype_scores(m.net, text_embeddings(m.net, m.tokenizer, reports, m.run.max_tokens))
+    yield f"clusters-{m.run.method}", _cluster_map(m, scores.argmax(1), options)
+    patients, size = m.studies["patient_id"][:], m.net.config.image["image_size"]
+    found = clusters(scores, texts, reports, m.labels, options.prototypes, patient_ids=patients)
+    yield f"prototypes-{m.run.method}", plot_prototypes(found, m.studies, size, title=m.title)
 
-# %% ../../nbs/figures/10_sheets.ipynb #1d751f13
+
+def _cluster_map(m, assigned, options):
+    "The studies by label and by prototype"
+    if len(m.studies) < 5:
+        return message_figure(f"{m.title}: t-SNE takes 5 studies, and there are {len(m.studies)}.")
+    points = tsne(m.embeddings.float().cpu().numpy(), options.perplexity, options.seed)
+    colours = {"by prototype": prototype_class(assigned)}
+    if len(m.labels.columns):
+        colours = {"by label": study_class(m.labels.to_numpy(), list(m.labels))} | colours
+    return plot_tsne_by_class(points, colours, title=m.title)
+
+# %% ../../nbs/figures/10_sheets.ipynb #e78cab54
 def _model_figures(m, options, labels):
-    "Everything that a model can draw of pairs of image and report"
+    "Everything that a model can draw of its studies"
     can = m.net.capabilities
-    if "token_maps" in can and options.heatmaps:
+    if "token_maps" in can and options.heatmaps and m.paired:
         yield from _word_figures(m, options, labels)
     if "prototypes" in can and options.prototypes:
         yield from _prototype_figures(m, options)
     if "reconstruction" in can and options.reconstructions:
         n = options.reconstructions
-        found = reconstructions(m.net, m.tokenizer, m.pairs, n, seed=options.seed, **m.reading)
-        yield f"reconstruction-{m.run.method}", plot_reconstructions(**found, title=m.run.method)
+        found = reconstructions(m.net, m.tokenizer, _first_studies(m.studies, n), n, seed=options.seed, **m.reading)
+        yield f"reconstruction-{m.run.method}", plot_reconstructions(**found, title=m.title)
 
-# %% ../../nbs/figures/10_sheets.ipynb #12345558
+# %% ../../nbs/figures/10_sheets.ipynb #85fc571d
 def _curve_figures(runs, with_thresholds):
     "Training curves, and the thresholds of the methods that have these"
-    logged = {r.run: r.curves for r in runs if Path(r.curves, "plots").is_dir()}
+    logged = {r.run: r.curves for r in runs if any(Path(r.curves).rglob("plots/metrics/**/*.tsv"))}
     if not logged:
-        print("curves: left out, since no run has logged any")
+        yield "curves", message_figure("No run has been trained: there are no training curves.")
         return
-    curves = read_curves(logged)
+    curves = read_curves(logged).assign(method=lambda c: c.run.map({r.run: r.method for r in runs}))
     yield "curves", plot_curves(curves)
-    curves = curves[curves.run.isin([r.run for r in runs if r.method in with_thresholds])]
+    curves = curves[curves.method.isin(with_thresholds)]
     if curves.term.isin(list(GATES)).any():
         yield "thresholds", plot_thresholds(curves)
 
 
-def _map_figure(features, labels, options):
-    "The studies by finding, one map per method"
-    n = len(labels)
-    if not len(labels.columns) or n < 5:
-        reason = "the set has no labels" if n >= 5 else f"it takes 5 studies, and there are {n}"
-        print(f"tsne: left out, since {reason}")
-        return
+def _map_figure(features, data, options):
+    "The studies by label, one map per method"
+    n = len(data.studies)
+    if n < 5:
+        return message_figure(f"{data.title}: t-SNE takes 5 studies, and there are {n} {data.split}studies.")
     points = {method: tsne(x, options.perplexity, options.seed) for method, x in features.items()}
-    yield "tsne", plot_tsne_by_method(points, study_class(labels.to_numpy(), list(labels)))
+    return plot_tsne_by_method(points, study_class(data.labels.to_numpy(), list(data.labels)), title=data.title)
 
-# %% ../../nbs/figures/10_sheets.ipynb #d2e45dd4
+# %% ../../nbs/figures/10_sheets.ipynb #a5e216ac
 def all_figures(
     runs: list[Run],
     prepared: str | Path,  # folder of the prepared set
     options: FigureOptions = FigureOptions(),
     *,
-    labels: list[str] = (),  # findings to show; empty: every label of the set
+    labels: list[str] = (),  # labels to show; empty: every label of the set
     compute: ComputeOptions = ComputeOptions(),
 ) -> Iterator[tuple[str, plt.Figure]]:  # name without ending, figure
-    "Draw all figures one after another; what the set or a method lacks is left out, with one printed line for the set"
+    "Draw all figures one after another; where the set lacks something, a sentence says what"
     data = _read_data(prepared, labels)
     if options.samples:
-        yield "samples", sample_sheet(data.studies.shuffle(options.seed, keep_in_memory=True), options.samples)
-    if not len(data.pairs):
-        print("words, prototypes and reconstruction: left out, since no test study has a report")
-    first, features, with_thresholds = {}, {}, set()
+        shuffled = data.studies.shuffle(options.seed, keep_in_memory=True)
+        yield "samples", sample_sheet(_first_studies(shuffled, options.samples), options.samples, title=data.title)
+    first, features, capable = {}, {}, {}
     for run in runs:
         first.setdefault(run.method, run)
     for run in tqdm(first.values(), desc="figures", unit="method"):
         model, features[run.method] = _load(run, data, compute)
-        if "thresholds" in model.net.capabilities:
-            with_thresholds.add(run.method)
-        if len(data.pairs):
-            yield from _model_figures(model, options, labels)
-    yield from _map_figure(features, data.labels, options)
-    yield from _curve_figures(runs, with_thresholds)
+        capable[run.method] = model.net.capabilities
+        yield from _model_figures(model, options, labels)
+    if options.heatmaps and not data.pairs and any("token_maps" in c for c in capable.values()):
+        yield "words", message_figure(f"{data.title}: no test study has a report, so there are no words to map.")
+    yield "tsne", _map_figure(features, data, options)
+    yield from _curve_figures(runs, [method for method, c in capable.items() if "thresholds" in c])
 
-# %% ../../nbs/figures/10_sheets.ipynb #ba2c43bc
+# %% ../../nbs/figures/10_sheets.ipynb #85771d3b
 _ORDER = ["samples", "curves", "thresholds", "tsne", "words", "matches", "regions", "clusters", "prototypes"]
 
 
@@ -192,7 +206,7 @@ def draw_all(
     output: str | Path,  # folder of the pictures
     options: FigureOptions = FigureOptions(),
     *,
-    labels: list[str] = (),  # findings to show; empty: every label of the set
+    labels: list[str] = (),  # labels to show; empty: every label of the set
     compute: ComputeOptions = ComputeOptions(),
 ) -> dict[str, Path]:  # name: PNG file, in the order in which a reader wants them
     "Draw all figures of some runs and save them"

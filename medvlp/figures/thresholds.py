@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['GATES', 'plot_thresholds']
 
-# %% ../../nbs/figures/06_thresholds.ipynb #9b2b2821
+# %% ../../nbs/figures/06_thresholds.ipynb #8c5a8110
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
-from .style import PALETTE, figure_style
+from .style import PALETTE, figure_style, steady_limits, wrap_text
 
-# %% ../../nbs/figures/06_thresholds.ipynb #7b93a304
+# %% ../../nbs/figures/06_thresholds.ipynb #c08edb34
 GATES = dict(
     sigma_tg=("patches of a word, $\\sigma_{tg}$", PALETTE[0]),
     sigma_vg=("words of a patch, $\\sigma_{vg}$", PALETTE[1]),
@@ -25,10 +25,11 @@ def _draw_gates(
     "Both thresholds of a run over steps; their first values are dotted"
     for gate, (_, colour) in GATES.items():
         g = curves[(curves.term == gate) & (curves.split == "train")].sort_values("step")
-        ax.plot(g.step, g.value, color=colour, linewidth=1.2)
+        ax.plot(g.step, g.value, color=colour, linewidth=1.2, marker="o" if len(g) == 1 else None, markersize=3.5)
         if gate in start:
             ax.axhline(start[gate], color=colour, linestyle=":", linewidth=1)
-    ax.set(title=curves.run.iloc[0], xlabel="step")
+    ax.set(title=wrap_text(curves.run.iloc[0], 40, 2), xlabel="step")
+    steady_limits(ax)
 
 # %% ../../nbs/figures/06_thresholds.ipynb #6dcdab54
 @figure_style()

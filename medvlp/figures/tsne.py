@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['tsne', 'study_class', 'prototype_class', 'plot_tsne_by_method', 'plot_tsne_by_class']
 
-# %% ../../nbs/figures/02_tsne.ipynb #614050b3
-import warnings
+# %% ../../nbs/figures/02_tsne.ipynb #c14db429
 import numpy as np, matplotlib.pyplot as plt
-from .style import PALETTE, figure_style
+from .style import PALETTE, figure_style, set_title, shorten, wrap_text
 
-# %% ../../nbs/figures/02_tsne.ipynb #f68316e0
+# %% ../../nbs/figures/02_tsne.ipynb #3ce48b71
 def tsne(
     features,  # [N,D], N at least 5
-    perplexity: float = 30,  # roughly the number of neighbours to keep
+    perplexity: float = 30,  # roughly the number of neighbours to keep, at most a third of the other studies
     seed: int = 0,
 ) -> np.ndarray:  # [N,2]
     "t-SNE, initialised by PCA; ValueError for fewer than five studies or values that are not finite"
@@ -24,47 +23,52 @@ def tsne(
         raise ValueError(f"tsne: needs at least 5 studies, found {len(x)}")
     if not np.isfinite(x).all():
         raise ValueError(f"tsne: features of {(~np.isfinite(x)).any(1).sum()} studies are not finite")
-    if perplexity > (most := (len(x) - 1) / 3):
-        warnings.warn(f"tsne: perplexity {perplexity} lowered to {most:.1f} for {len(x)} studies")
-        perplexity = most
     if np.ptp(x, axis=0).max() == 0:
-        warnings.warn("tsne: all studies have the same features")
         return np.zeros((len(x), 2), np.float32)
+    perplexity = min(perplexity, (len(x) - 1) / 3)
     return TSNE(perplexity=perplexity, init="pca" if x.shape[1] > 1 else "random", random_state=seed).fit_transform(x)
 
-# %% ../../nbs/figures/02_tsne.ipynb #0139a643
+# %% ../../nbs/figures/02_tsne.ipynb #404697ab
 def study_class(
     labels,  # [N,K] 1, 0, -1 uncertain, NaN unknown
     names: list,  # K
+    n: int = 12,  # how many are named
 ) -> np.ndarray:  # [N] strings
-    "The class of each study: its only finding, several findings, no finding or no label"
+    "The class of each study: its only label, or how much is known about the labels"
     y = np.asarray(labels, float)
     if not len(names):
-        return np.full(len(y), "no label")
-    found = (y == 1).sum(1)
+        return np.full(len(y), "labels unknown")
+    found, only = (y == 1).sum(1), (y == 1).argmax(1)
     return np.select(
-        [np.isnan(y).all(1), found > 1, found == 1],
-        ["no label", "several findings", np.array(names)[(y == 1).argmax(1)]],
-        "no finding",
+        [np.isnan(y).all(1), found > 1, found == 1, (y == -1).any(1)],
+        ["labels unknown", "several labels", _most_frequent(np.array(names)[only], found == 1, n), "uncertain"],
+        "none of the labels",
     )
 
-# %% ../../nbs/figures/02_tsne.ipynb #1142b27e
+
+def _most_frequent(classes, counted, n, other="other labels"):
+    "The classes, those that are not among the most frequent under one name"
+    found, size = np.unique(classes[counted], return_counts=True)
+    named = found[np.argsort(-size, kind="stable")[:n]]
+    return np.where(np.isin(classes, named), classes, other)
+
+# %% ../../nbs/figures/02_tsne.ipynb #bc9951fe
 def prototype_class(
     assigned,  # [N] the prototype of each study
     n: int = 8,  # how many are named
 ) -> np.ndarray:  # [N] strings
     "The class of each study: its prototype if that is among the most frequent, otherwise other prototypes"
-    used, size = np.unique(assigned, return_counts=True)
-    named = used[np.argsort(-size, kind="stable")[:n]]
-    width = len(str(used.max()))  # numbers of one width, so that names sort as numbers do
-    return np.where(np.isin(assigned, named), [f"prototype {k:{width}}" for k in assigned], "other prototypes")
+    width = len(str(np.max(assigned)))  # numbers of one width, so that names sort as numbers do
+    return _most_frequent(np.array([f"prototype {k:{width}}" for k in assigned]), slice(None), n, "other prototypes")
 
-# %% ../../nbs/figures/02_tsne.ipynb #2e39ec8a
+# %% ../../nbs/figures/02_tsne.ipynb #e8a54a90
 _GREYS = {
-    "no label": dict(color=".85", marker="x"),
+    "labels unknown": dict(color=".8", marker="x"),
     "other prototypes": dict(color=".85", marker="o"),
-    "no finding": dict(color=".75", marker="o"),
-    "several findings": dict(color=".35", marker="+"),
+    "none of the labels": dict(color=".75", marker="o"),
+    "uncertain": dict(color=".55", marker="1"),
+    "other labels": dict(color=".55", marker="s"),
+    "several labels": dict(color=".35", marker="+"),
 }
 _COLOURS = [c for i, c in enumerate(PALETTE) if i != 7]  # without the palette's own grey
 
@@ -72,13 +76,13 @@ _COLOURS = [c for i, c in enumerate(PALETTE) if i != 7]  # without the palette's
 def _class_styles(
     classes,  # [N] strings
 ) -> dict:  # class: colour and marker, in the order in which they are drawn
-    "A colour and a marker for each class, findings in alphabetical order"
+    "A colour and a marker for each class, labels in alphabetical order"
     present = set(map(str, classes))
-    findings = sorted(present - set(_GREYS))
-    styles = {c: dict(color=_COLOURS[i % 9], marker="osD^v"[i // 9 % 5]) for i, c in enumerate(findings)}
+    labels = sorted(present - set(_GREYS))
+    styles = {c: dict(color=_COLOURS[i % 9], marker="osD^v"[i // 9 % 5]) for i, c in enumerate(labels)}
     return {c: s for c, s in _GREYS.items() if c in present} | styles
 
-# %% ../../nbs/figures/02_tsne.ipynb #e219ea83
+# %% ../../nbs/figures/02_tsne.ipynb #e76a0de8
 def _draw_points(
     ax,  # axes to draw in
     points,  # [N,2]
@@ -94,34 +98,39 @@ def _draw_points(
             s=14,
             linewidths=0.8,
             alpha=0.85,
-            label=c,
-            edgecolors=None if style["marker"] in "x+" else "white",
+            label=shorten(c.lstrip("_"), 36),
+            edgecolors=None if style["marker"] in "x+1" else "white",
             **style,
         )
+    if not np.ptp(points, axis=0).any():
+        ax.text(0.5, 0.6, "the same features\nfor all studies", ha="center", transform=ax.transAxes)
     ax.set(xticks=[], yticks=[], xlabel="t-SNE 1")
 
-# %% ../../nbs/figures/02_tsne.ipynb #c3456801
+# %% ../../nbs/figures/02_tsne.ipynb #433267ec
 @figure_style()
 def plot_tsne_by_method(
     points: dict,  # method: [N,2] from `tsne`, the same studies for each
     classes,  # [N] strings, e.g. from `study_class`
     columns: int = 3,  # maps side by side
+    title: str = "",  # usually the set
 ) -> plt.Figure:
     "One map per method, with one legend"
     classes, columns = np.asarray(classes).astype(str), min(columns, len(points))
     styles, height = _class_styles(classes), -(-len(points) // columns)
-    fig, axes = plt.subplots(height, columns, figsize=(2.6 * columns + 1.2, 2.6 * height), squeeze=False)
+    size = (2.6 * columns + 2.2, max(2.6 * height, 0.17 * len(styles) + 0.5))
+    fig, axes = plt.subplots(height, columns, figsize=size, squeeze=False)
     for ax in axes.flat[len(points) :]:
         ax.axis("off")
     for ax, (name, p) in zip(axes.flat, points.items()):
         _draw_points(ax, p, classes, styles)
-        ax.set_title(name)
+        ax.set_title(wrap_text(name, 36, 2))
     for ax in axes[:, 0]:
         ax.set_ylabel("t-SNE 2")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", markerscale=1.5)
+    set_title(fig, title)
     return fig
 
-# %% ../../nbs/figures/02_tsne.ipynb #d69a1903
+# %% ../../nbs/figures/02_tsne.ipynb #86bba074
 @figure_style()
 def plot_tsne_by_class(
     points,  # [N,2] from `tsne`
@@ -129,12 +138,12 @@ def plot_tsne_by_class(
     title: str = "",  # usually the method
 ) -> plt.Figure:
     "One map, coloured in several ways side by side, each with its legend (MGCA Fig. 4)"
-    fig, axes = plt.subplots(1, len(classes), figsize=(3.3 * len(classes), 3.9), squeeze=False)
+    classes = {name: np.asarray(c).astype(str) for name, c in classes.items()}
+    size = 3.3 * len(classes), 3.3 + 0.17 * max(len(set(c)) for c in classes.values())
+    fig, axes = plt.subplots(1, len(classes), figsize=size, squeeze=False)
     for ax, (name, c) in zip(axes.flat, classes.items()):
-        c = np.asarray(c).astype(str)
         _draw_points(ax, points, c, _class_styles(c))
         ax.set(title=name, ylabel="t-SNE 2")
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, markerscale=1.5, columnspacing=1)
-    if title:
-        fig.suptitle(title, fontsize=10)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), markerscale=1.5)
+    set_title(fig, title)
     return fig
