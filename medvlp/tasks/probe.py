@@ -230,7 +230,7 @@ def _check_split(
             raise ValueError(f"split: no {name} rows; it holds {sorted(set(split.tolist()))}")
     return tuple(rows)
 
-# %% ../../nbs/9_tasks/01_probe.ipynb #ae6067b4
+# %% ../../nbs/9_tasks/01_probe.ipynb #6e93eb02
 def few_labels_table(
     score: Callable,  # (rows of labelled studies, number of the subset) -> [n,K] scores of the test studies
     labels,  # [N,K] 1, 0, -1 uncertain, NaN unknown
@@ -250,7 +250,7 @@ def few_labels_table(
     drawn = [[train[label_subset(labels[train], f, (seed, s))] for s in seeds[f]] for f in fractions]
     tables = []
     for f, subsets, note in zip(fractions, drawn, _training_notes(drawn, fractions)):
-        bar = tqdm(subsets, desc=f"{f:.0%} of labels", leave=False, delay=2)
+        bar = tqdm(subsets, desc=f"{f:.0%} of labels", leave=False, delay=2, disable=len(subsets) == 1)
         scores = np.stack([score(rows, s) for s, rows in enumerate(bar)])
         one_class = sum(~np.array(_has_both(labels[rows])) for rows in subsets)
         for name in measures:
