@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Run', 'all_figures', 'draw_all']
 
-# %% ../../nbs/figures/10_sheets.ipynb #046ee6dc
+# %% ../../nbs/figures/10_sheets.ipynb #f2f2de86
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from tqdm import tqdm
 from ..data.batches import resolve_device, resolve_workers
-from ..data.labeller import TERMS
+from ..data.labeller import TERMS, read_labels
 from ..data.prepare import load_studies, read_manifest
 from ..data.reports import report_text
 from ..data.tokens import load_tokenizer
@@ -94,10 +94,11 @@ def _load(run, data, compute):
     title = f"{run.method}, {data.title}"
     return _Model(run, net, tokenizer, title, *shown, bool(data.pairs), reading, loading), features
 
-# %% ../../nbs/figures/10_sheets.ipynb #f9d41c11
+# %% ../../nbs/figures/10_sheets.ipynb #e894c655
 def _word_figures(m, options, labels):
     "Maps of words and regions, or boxes for adaptive patches"
-    labels = [label for label in labels if label in TERMS]  # none: whatever the reports name
+    names = [read_labels(label.replace("_", " ")) for label in labels]  # none: whatever the reports name
+    labels = [finding for finding in TERMS if any(name[finding] == 1 for name in names)]
     found = examples(m.net, m.tokenizer, m.studies, options.heatmaps, labels, **m.reading, **m.loading)
     adaptive = "adaptive_patches" in m.net.capabilities
     name = f"{'matches' if adaptive else 'words'}-{m.run.method}"
