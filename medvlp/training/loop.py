@@ -30,7 +30,7 @@ def resolve_precision(precision: str = "auto", device: str = "cpu") -> str:  # b
     fast = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_amx_tile_supported()
     return "bf16" if fast else "fp32"
 
-# %% ../../nbs/8_training/00_loop.ipynb #1eba1144
+# %% ../../nbs/8_training/00_loop.ipynb #50f1f1ac
 class Curves(TrainerCallback):
     "Every logged number as a DVCLive curve, the same after an interruption"
 
@@ -58,7 +58,7 @@ class Curves(TrainerCallback):
 
     def _write(self, step, logs):
         self.live.step = step
-        for name, value in logs.items():
+        for name, value in sorted(logs.items()):  # the order in which a checkpoint keeps them
             if isinstance(value, (int, float)) and not name.endswith(self._timing):
                 curve = name.replace("eval_", "eval/") if name.startswith("eval_") else f"train/{name}"
                 self.live.log_metric(curve, value)

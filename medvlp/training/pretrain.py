@@ -263,8 +263,9 @@ def pretrain(
     shutil.rmtree(folder, ignore_errors=True)
     return trainer
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #26d967fb
+# %% ../../nbs/8_training/01_pretrain.ipynb #d8bfae1d
 def _make_trainer(model, tokenizer, studies, options, seed, compute, folder, curves):
+    logging.disable_progress_bar()  # of each checkpoint
     if options.channels_last:
         model.image_encoder.to(memory_format=torch.channels_last)
     train, val = _datasets(studies, model.config.image["image_size"], options, seed)
@@ -290,7 +291,6 @@ def _save(trainer, tokenizer, output):
     "Weights as safetensors, with the tokenizer, in float32 and the usual memory order"
     if not trainer.is_world_process_zero():
         return
-    logging.disable_progress_bar()
     trainer.model.to("cpu", memory_format=torch.contiguous_format).save_pretrained(output)
     tokenizer.save_pretrained(output)
 
