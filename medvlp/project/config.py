@@ -177,7 +177,7 @@ def merge(
             merged[key] = merge(old, value) if nested and not other else value
     return {key: value for key, value in merged.items() if value is not None}
 
-# %% ../../nbs/0_project/00_config.ipynb #a4e2ac6f
+# %% ../../nbs/0_project/00_config.ipynb #1658d7c8
 def read_experiment(
     file: str | Path,  # of experiments/, or params.yaml
 ) -> dict:
@@ -185,7 +185,7 @@ def read_experiment(
     chain = [read_yaml(file)]
     files = [Path(file)]
     while base := chain[-1].get("base"):
-        files.append(Path(file).with_name(f"{base}.yaml"))
+        files.append(Path(file).parent / f"{base}.yaml")
         if files[-1] in files[:-1]:
             raise ConfigError(f"{files[-2]}: base: {base} leads back to itself")
         chain.append(read_yaml(files[-1]))
