@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StudyDataset', 'EpochSampler', 'AddressedSampling', 'Collate', 'resolve_device', 'resolve_workers']
 
-# %% ../../nbs/1_data/07_batches.ipynb #5ba2030c
+# %% ../../nbs/1_data/07_batches.ipynb #53b6d5f2
 import io, mmap, os
 from collections.abc import Callable
 import numpy as np, torch
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from .images import address, seeded
 from .reports import report_text, sample_sentences
 from .tokens import encode
+from ..project.config import ConfigError
 
 # %% ../../nbs/1_data/07_batches.ipynb #089bb805
 def _sizes(images, limit):
@@ -143,15 +144,16 @@ class Collate:
             batch["addresses"] = torch.tensor([o["address"] for o in items])
         return batch
 
-# %% ../../nbs/1_data/07_batches.ipynb #8835208f
+# %% ../../nbs/1_data/07_batches.ipynb #0796dca6
 def resolve_device(
     device: str = "auto",  # auto, cpu, cuda or cuda:1
 ) -> str:
-    "`auto` takes the GPU if there is one; `ValueError` if a GPU is requested and there is none"
+    "`auto` takes the GPU if there is one; `ConfigError` if a GPU is requested and is not there"
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but torch finds no GPU here. Use auto or cpu.")
+    found = torch.cuda.device_count()
+    if device.startswith("cuda") and (torch.device(device).index or 0) >= found:
+        raise ConfigError(f"compute.device: {device}: torch finds {found or 'no'} GPU here; use auto or cpu")
     return device
 
 
