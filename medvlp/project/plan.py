@@ -319,12 +319,13 @@ class Resolved(NamedTuple):
     def needs(self, name: str) -> dict:  # labels, sections
         return _needs(self.experiment, name, self.tasks, self.methods)
 
-# %% ../../nbs/0_project/04_plan.ipynb #7677eee5
+# %% ../../nbs/0_project/04_plan.ipynb #46e1d490
 def _metric_problems(resolved, file):
     "Metrics of the scoreboard that no task measures"
     tasks = {name: task.options for name, task in resolved.tasks.items()}
-    if resolved.scoreboard is None or not {"evaluate", "finetune"} <= set(tasks):
-        return []  # their own problems come first
+    wrong = resolved.scoreboard is None or not {"evaluate", "finetune"} <= set(tasks)  # which is reported elsewhere
+    if wrong or "metrics" not in resolved.experiment.scoreboard:
+        return []
     check = importlib.import_module("medvlp.tables.scoreboard").metric_problems
     return [f"{file}: scoreboard.metrics: {problem}" for problem in check(resolved.scoreboard.metrics, tasks)]
 
