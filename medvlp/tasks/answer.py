@@ -489,7 +489,7 @@ def _parts(table, answers):
     kept = {name: (table.split == name) & (known | (name == "test")) for name in ("train", "val", "test")}
     return {name: table[rows].sort_values("study", kind="stable") for name, rows in kept.items()}
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #53529a90
+# %% ../../nbs/9_tasks/08_answer.ipynb #d9b6e47f
 def answer(  # noqa: F811, the method of AnswerModel has the same name
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is
@@ -506,7 +506,7 @@ def answer(  # noqa: F811, the method of AnswerModel has the same name
     output.mkdir(parents=True, exist_ok=True)
     table = question_table(studies)
     if reason := _lacking(table, options):
-        return no_result(reason)
+        return no_result(reason, output)
     table = split_validation(table, options.val_fraction, seed)
     answers = answer_vocabulary(table.answer[table.split == "train"], options.min_count)
     parts, found = _parts(table, answers), {}

@@ -163,7 +163,7 @@ def _collate(items):
     labels = torch.tensor([o["target"] for o in items])
     return dict(images=torch.stack([o["image"] for o in items]), labels=labels)
 
-# %% ../../nbs/9_tasks/06_finetune.ipynb #45e786da
+# %% ../../nbs/9_tasks/06_finetune.ipynb #aa6aa329
 def finetune(
     model,  # of methods.base; stays as it is
     studies,  # of load_studies, with their split
@@ -178,7 +178,7 @@ def finetune(
     "AUROC and accuracy after fine-tuning on fractions of the labels, with intervals over test patients"
     Path(output).mkdir(parents=True, exist_ok=True)
     if reason := _lacking(studies, labels):
-        return no_result(reason)
+        return no_result(reason, output)
     split, place = np.asarray(studies["split"][:]), dict(seed=seed, compute=compute, checkpoints=checkpoints)
     val, test = (np.flatnonzero(split == name) for name in ("val", "test"))
     sizes = []

@@ -238,7 +238,7 @@ def _write_all(model, tokenizer, reporter, studies, options, workers):
         )
     )
 
-# %% ../../nbs/9_tasks/07_report.ipynb #10810986
+# %% ../../nbs/9_tasks/07_report.ipynb #e499fa22
 def report(
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is
@@ -256,7 +256,7 @@ def report(
     options = fit_to_set(options, studies)
     parts = {name: reported(part, options.sections) for name, part in split_studies(studies).items()}
     if reason := _lacking(parts, options.sections):
-        return no_result(reason)
+        return no_result(reason, output)
     reporter = train_reporter(model, tokenizer, parts, options, seed=seed, compute=compute, checkpoints=checkpoints)
     reporter.save_pretrained(output)
     workers = resolve_workers(compute.workers, reporter.device.type)

@@ -232,7 +232,7 @@ def _fit_batch(options, n_train):
         print(f"batch size {options.batch_size} -> {size}: there are {n_train} training pairs")
     return options.model_copy(update=dict(batch_size=size))
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #5ad6daa3
+# %% ../../nbs/8_training/01_pretrain.ipynb #08eb581a
 def pretrain(
     model,  # of methods.base, freshly built after set_seed
     tokenizer,  # of data.tokens
@@ -259,6 +259,8 @@ def pretrain(
     trainer = _make_trainer(model, tokenizer, studies, options, seed, compute, folder, curves)
     if options.epochs:
         resume(trainer)
+    else:
+        Path(curves, "metrics.json").write_text("{}\n")  # an empty folder would be suspicious
     _save(trainer, tokenizer, output)
     shutil.rmtree(folder, ignore_errors=True)
     return trainer

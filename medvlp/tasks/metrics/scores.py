@@ -15,7 +15,7 @@ import numpy as np, pandas as pd
 _NUMBERS = ["value", "low", "high", "chance", "n"]
 SCORES = ["experiment", "task", "data", "method", "seed", "metric", "headline", *_NUMBERS, "note"]
 
-# %% ../../../nbs/9_tasks/metrics/02_scores.ipynb #437abc6f
+# %% ../../../nbs/9_tasks/metrics/02_scores.ipynb #dc7d4f0b
 class TaskResult(NamedTuple):
     "The numbers of one task on one study set"
 
@@ -32,8 +32,11 @@ def no_scores() -> pd.DataFrame:  # the columns of `TaskResult.scores`, no row
 
 def no_result(
     reason: str,  # what the set or the method lacks, in one line
+    folder: str | Path = "",  # where the task would have saved a model; a file there says why it did not
 ) -> TaskResult:
     "The result of a task that cannot be run"
+    if folder:
+        Path(folder, "no-model.txt").write_text(reason + "\n")
     return TaskResult(no_scores(), pd.DataFrame(), reason)
 
 # %% ../../../nbs/9_tasks/metrics/02_scores.ipynb #330e626e
