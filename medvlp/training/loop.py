@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['resolve_precision', 'Curves', 'Guard', 'Timer', 'Progress', 'EarlyStopping', 'last_checkpoint', 'resume', 'run_key']
 
-# %% ../../nbs/8_training/00_loop.ipynb #776a3d57
+# %% ../../nbs/8_training/00_loop.ipynb #9a8a1436
 import hashlib
 import json
+import logging
 import math
 import shutil
 import time
@@ -113,7 +114,7 @@ class Timer(TrainerCallback):
     def _is_due(self):
         return broadcast_object_list([time.monotonic() - self.last > self.seconds])[0]
 
-# %% ../../nbs/8_training/00_loop.ipynb #3863b71f
+# %% ../../nbs/8_training/00_loop.ipynb #c1e34f1e
 class Progress(TrainerCallback):
     "One bar over all steps, with the last losses"
 
@@ -124,6 +125,7 @@ class Progress(TrainerCallback):
         self.title = title
 
     def on_train_begin(self, args, state, control, **kwargs):
+        logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)  # it warns of file times, unused here
         self.bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
