@@ -186,7 +186,7 @@ def _check_method(kind, name, experiment, file, where):
     _build(options, where)
     return options
 
-# %% ../../nbs/0_project/04_plan.ipynb #e7d052de
+# %% ../../nbs/0_project/04_plan.ipynb #1180e377
 class _Task(Options):
     "A task of an experiment"
 
@@ -214,7 +214,7 @@ def _check_tasks(problems, experiment, runs, file):
         )
         if options is not None:
             tasks[task] = _Task(data=sets, methods=methods, options=options)
-            problems += _prompt_problems(_prompts(options), [])
+            problems += [f"{where}.zero_shot.prompts: {p}" for p in _prompt_problems(_prompts(options), [])]
     return tasks
 
 
