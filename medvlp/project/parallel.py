@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_graph', 'affected', 'run_graph', 'Repro', 'main']
 
-# %% ../../nbs/0_project/05_parallel.ipynb #a231ff0d
+# %% ../../nbs/0_project/05_parallel.ipynb #de434d35
 import argparse
 import json
 import os
@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from graphlib import TopologicalSorter
@@ -68,7 +69,7 @@ def run_graph(
             pool.shutdown(wait=True, cancel_futures=True)
     return failed
 
-# %% ../../nbs/0_project/05_parallel.ipynb #39297c80
+# %% ../../nbs/0_project/05_parallel.ipynb #fc775205
 _ADVICE = (
     "To track the changes",
     "\tgit add",
@@ -83,7 +84,8 @@ class Repro:
     "Runs DVC in processes that it can stop"
 
     def __init__(self):
-        self.running, self.stopped = set(), []  # processes; the signals that came
+        self.running = set()  # processes
+        self.stopped = 0  # the signal that came
 
     def start(
         self,
@@ -94,7 +96,7 @@ class Repro:
         process = subprocess.Popen(["dvc", *words], text=True, start_new_session=True, **options)
         self.running.add(process)
         if self.stopped:  # in the meantime
-            self._end(process)
+            self._send(signal.SIGINT)
         return process
 
     def __call__(
@@ -119,14 +121,16 @@ class Repro:
 
     def stop(self, number: int, frame=None) -> None:
         "End what is running; a handler for signals"
-        self.stopped.append(number)
-        for process in list(self.running):
-            self._end(process)
+        if not self.stopped:
+            self.stopped, self.since = number, time.monotonic()
+            self._send(signal.SIGINT)
+        elif time.monotonic() - self.since > 10:
+            self._send(signal.SIGKILL)
 
-    def _end(self, process):
-        harder = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, harder[min(len(self.stopped), 3) - 1])
+    def _send(self, number):
+        for process in list(self.running):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
 
     def _print(self, line):
         try:
@@ -134,7 +138,7 @@ class Repro:
         except OSError:  # the terminal is gone
             self.stop(signal.SIGHUP)
 
-# %% ../../nbs/0_project/05_parallel.ipynb #d96f1e5e
+# %% ../../nbs/0_project/05_parallel.ipynb #f6da2212
 def main(
     argv: list[str] | None = None,  # the command line
 ) -> int:  # 0 all stages are up to date, 1 one failed, 128 + the signal that ended it
@@ -149,9 +153,8 @@ def main(
             signal.signal(name, repro.stop)
     status = repro.wait(repro.start("repro")) if arguments.jobs == 1 else _side_by_side(repro, arguments.jobs)
     if repro.stopped:
-        how = SIGNALS[repro.stopped[0]]
-        repro._print(f"{how}: nothing is left running; the same command goes on from here\n")
-        return 128 + repro.stopped[0]
+        repro._print(f"{SIGNALS[repro.stopped]}: nothing is left running; the same command goes on from here\n")
+        return 128 + repro.stopped
     return status
 
 # %% ../../nbs/0_project/05_parallel.ipynb #4552cd3a

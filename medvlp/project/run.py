@@ -214,18 +214,21 @@ def _stop(number, frame):
     _end_children()
     sys.exit(128 + number)
 
-# %% ../../nbs/0_project/03_run.ipynb #7e6cb082
+# %% ../../nbs/0_project/03_run.ipynb #2226a3e6
 def _stop_on_signals():
     "End cleanly on Ctrl-C and the like, and when the DVC that has started this stage is gone"
     for name in SIGNALS:
         if signal.getsignal(name) is not signal.SIG_IGN:  # as nohup does
             signal.signal(name, _stop)
-    if "DVC_STAGE" in os.environ:
-        threading.Thread(target=_watch, args=[os.getppid()], daemon=True).start()
+    with suppress(psutil.Error):
+        for parent in psutil.Process().parents():
+            if "dvc" in map(os.path.basename, parent.cmdline()):
+                threading.Thread(target=_watch, args=[parent], daemon=True).start()
+                break
 
 
-def _watch(parent):
-    while os.getppid() == parent:
+def _watch(dvc):
+    while dvc.is_running():
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
 
