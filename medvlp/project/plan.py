@@ -296,7 +296,7 @@ def check_corpus(
     for name, values in methods.items():
         where = f"params.yaml: methods.{name}"
         options = validate(training.PretrainOptions, values, where)
-        problems.catch(training.check_pairs, manifests, options, where, _build(options, where))
+        problems.catch(training.check_trainable, manifests, options, where, _build(options, where))
     if problems:
         raise ConfigError(*problems)
 
