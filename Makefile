@@ -22,7 +22,7 @@ $(VENV)/weights: $(VENV)/installed
 	touch $@
 
 repro: install $(if $(EXP)$(DATA),experiment) ## run what has changed; EXP=name: of experiments/name.yaml; JOBS=n: stages at a time
-	$(if $(filter 1,$(JOBS)),dvc repro,python -m medvlp.project.parallel --jobs $(JOBS))
+	python -m medvlp.project.parallel --jobs $(JOBS)
 
 experiment: install ## EXP=name: put experiments/name.yaml in place of params.yaml; DATA=folder: of your own data
 	python -m medvlp.project.experiments $(or $(EXP),own) $(if $(DATA),--data "$(DATA)")
@@ -40,7 +40,7 @@ test: install ## style, the notebooks' own tests, pytest; FLAGS="slow cuda" adds
 	ruff check --quiet nbs tests
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print $(if $(FLAGS),--flags "$(FLAGS)") 2>&1 | tee .nbdev_test.log; test $${PIPESTATUS[0]} -eq 0
 	@grep -q '^Starting' .nbdev_test.log || { echo "nbdev_test tested nothing"; exit 1; }
-	python -m pytest -q tests
+	python -m pytest -q tests $(if $(filter slow,$(FLAGS)),--slow)
 
 lab: install ## JupyterLab, on the notebooks
 	jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root)

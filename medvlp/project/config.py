@@ -31,11 +31,15 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Auto = Literal["auto"]
 
-# %% ../../nbs/0_project/00_config.ipynb #96d777d7
+# %% ../../nbs/0_project/00_config.ipynb #3b18e5da
 class ComputeOptions(Options):
     "Where and how a stage computes"
 
-    device: str = Field("auto", description="auto takes the GPU where there is one; or cpu, cuda, cuda:1")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto takes the GPU where there is one; or cpu, cuda, cuda:1",
+    )
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto takes bf16 where the hardware has it")
     workers: NonNegativeInt | Auto = Field("auto", description="processes that load images; auto: none on a CPU")
     threads: PositiveInt | Auto = Field("auto", description="CPU threads of a stage; auto: every core")
