@@ -52,7 +52,7 @@ readme: install ## README.md from nbs/index.ipynb, and the pictures it shows fro
 	mkdir -p nbs/images
 	cp $(addprefix reports/demo/figures/,samples.png matches-adamatch.png reconstruction-mpma.png) nbs/images/
 	jupyter nbconvert --log-level WARN --execute --no-input --to markdown nbs/index.ipynb --output-dir . --output README
-	sed -i -E 's#\]\(([0-9]_|stages|images|guides|figures|tables|benchmarks)#](nbs/\1#g' README.md
+	sed -i -E '/^$$/N; /^\n$$/D; s#\]\(([0-9]_|stages|images|guides|figures|tables|benchmarks)#](nbs/\1#g' README.md
 
 phantom: install ## draw the demo's study set anew
 	python -m medvlp.phantom.dataset assets/demo --studies 1200 --seed 0
