@@ -289,7 +289,7 @@ def _check_prepared(problems, name, options, needs, file):
         labels = list(dict.fromkeys([*options.labels, *needs["labels"]]))
         problems.catch(check_manifest, manifest, needs | dict(labels=labels), f"{file}: data.{name}")
 
-# %% ../../nbs/0_project/04_plan.ipynb #68a4c585
+# %% ../../nbs/0_project/04_plan.ipynb #67b5dfde
 def check_corpus(
     manifests: list[dict],  # of the sets to train on
     methods: dict[str, dict],  # {name: values of its PretrainOptions}
@@ -300,10 +300,10 @@ def check_corpus(
         where, own = f"params.yaml: methods.{name}", _Problems()
         options = validate(training.PretrainOptions, values, where)
         own.catch(training.check_trainable, manifests, options, where, _build(options, where))
-        for problem in own:  # what holds for several methods is said once
-            found.setdefault(problem.removeprefix(where), problem)
-    if found:
-        raise ConfigError(*found.values())
+        for problem in own:
+            found.setdefault(problem.removeprefix(where), []).append(where)
+    if found:  # what holds for several methods is said once
+        raise ConfigError(*(f"{'params.yaml: pretrain' if where[1:] else where[0]}{p}" for p, where in found.items()))
 
 # %% ../../nbs/0_project/04_plan.ipynb #2d5bb07a
 class Resolved(NamedTuple):
