@@ -416,7 +416,7 @@ def _loss_remarks(quarantine, output):
     for kind, rows in table.groupby("excluded_from", sort=False):
         yield f"studies {words[kind]}: {_reasons(rows)}; all are listed in {output}/quarantine.csv"
 
-# %% ../../nbs/1_data/06_prepare.ipynb #6717f912
+# %% ../../nbs/1_data/06_prepare.ipynb #5cfbe435
 def prepare(
     options: DataOptions,
     output: str | Path,  # folder of the prepared set, e.g. prepared/phantom
@@ -425,12 +425,14 @@ def prepare(
     check_writable(output)
     option = f"data.{Path(output).name}"
     studies = select_studies(read_source(options.source, options.folder), options.where, f"{option}.where")
+    for note in studies.attrs.get("notes", []):  # a misspelt column may be why the rest fails
+        print(f"{option}: {note}")
     drawn = not studies.split.str.strip().any()
     ds, quarantine = prepare_studies(studies, options, option)
     titled = options.model_copy(update=dict(title=_title(studies, options)))
     manifest = save_studies(ds, quarantine, titled, output)
-    remarks = [*studies.attrs.get("notes", []), *_split_remarks(manifest, drawn, options, option)]
-    for remark in [*remarks, *_content_remarks(manifest, options), *_loss_remarks(quarantine, output)]:
+    remarks = [*_split_remarks(manifest, drawn, options, option), *_content_remarks(manifest, options)]
+    for remark in [*remarks, *_loss_remarks(quarantine, output)]:
         print(f"{option}: {remark}")
     return manifest
 
