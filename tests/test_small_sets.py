@@ -176,7 +176,7 @@ def test_labels_without_sentences_are_listed_in_one_line(options, caplog):
     rows = (study(i, "test", labels=both(i), names=["effusion", "Rippenbruch"]) for i in range(4))
     assert list(_prompts(read_set(study_set(*rows)), options)) == ["effusion"]
     (line,) = caplog.messages
-    assert line.startswith("zero-shot classification leaves out Rippenbruch: ") and line.endswith("under `findings:`")
+    assert line.startswith("zero-shot classification leaves out Rippenbruch: ") and line.endswith("by `also:`")
 
 
 def test_a_report_without_the_section_that_a_method_reads(mpma, options):

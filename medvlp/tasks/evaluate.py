@@ -167,7 +167,7 @@ def _retrieval(data, vectors, options):
     headline = {"image to report R@5": "R@5"}
     return TaskResult(pd.concat(scores, ignore_index=True), table, headline=headline)
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #c5c5242d
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #7fbeccd7
 def _prompts(data, options):
     "The prompts of the set's labels; ConfigError names the option"
     if not options.zero_shot.prompts or not len(data.labels.columns):
@@ -178,7 +178,7 @@ def _prompts(data, options):
     except ConfigError as e:
         raise ConfigError(*(f"zero_shot.prompts: {problem}" for problem in e.problems)) from None
     if prompts and (lacking := [label for label in data.labels if label not in prompts]):
-        remedy = f"{file} (option zero_shot.prompts) has no sentences for them; add some under `findings:`"
+        remedy = f"{file} (option zero_shot.prompts) has no sentences for them; add some, or a further name by `also:`"
         _log.warning("zero-shot classification leaves out %s: %s", ", ".join(lacking), remedy)
     return prompts
 

@@ -7,8 +7,8 @@ __all__ = ['CHEXPERT_FIVE', 'ZeroShotOptions', 'fill', 'places', 'prompt_sentenc
            'prompt_scores', 'best_threshold', 'answer_scores', 'yes_no_rows', 'exclusive', 'which_rows', 'zero_shot',
            'zero_shot_scores', 'equal_classes', 'EqualSet', 'equal_set', 'lone_labels']
 
-# %% ../../nbs/9_tasks/03_zero_shot.ipynb #276225c2
-import difflib, re
+# %% ../../nbs/9_tasks/03_zero_shot.ipynb #f022fdda
+import re
 from collections.abc import Callable
 from itertools import chain, product
 from pathlib import Path
@@ -105,10 +105,10 @@ def _check_places(
         if not t.strip():
             raise ConfigError(f"{where}: an empty sentence")
 
-# %% ../../nbs/9_tasks/03_zero_shot.ipynb #7426d676
+# %% ../../nbs/9_tasks/03_zero_shot.ipynb #007e95ae
 def _label_key(name: str) -> str:
-    "Names are compared in small letters, with underscores for blanks"
-    return re.sub(r"[\s_]+", "_", str(name).strip().lower())
+    "Names are compared in small letters, without blanks and punctuation"
+    return re.sub(r"[\W_]+", "", str(name).lower())
 
 
 def _match_findings(
@@ -116,21 +116,14 @@ def _match_findings(
     labels: list,  # of the data
     where: str,  # the file, for messages
 ) -> dict:  # {label: finding}, labels without prompts left out
-    "The finding of the file for each label; ConfigError if one is misspelt"
+    "The finding of the file for each label; ConfigError if a name has two"
     known = {}
     for finding, lists in findings.items():
         for key in {_label_key(n) for n in (finding, *lists.get("also", []))}:
             if key in known:
                 raise ConfigError(f"{where}: {key!r} is both {known[key]} and {finding}")
             known[key] = finding
-    found = {label: known[_label_key(label)] for label in labels if _label_key(label) in known}
-    lacking = {_label_key(label): label for label in labels if label not in found}
-    for finding in findings:
-        if finding not in found.values() and (near := difflib.get_close_matches(_label_key(finding), lacking, 1, 0.85)):
-            label = lacking[near[0]]
-            remedy = f"did you mean {label!r}? If they are the same, rename it or give it the line `also: [{label}]`."
-            raise ConfigError(f"{where}: {finding!r} is no label of the data, {remedy}")
-    return found
+    return {label: known[_label_key(label)] for label in labels if _label_key(label) in known}
 
 # %% ../../nbs/9_tasks/03_zero_shot.ipynb #a001b18c
 def read_prompts(
