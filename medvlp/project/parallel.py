@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_graph', 'affected', 'run_graph', 'Repro', 'main']
 
-# %% ../../nbs/0_project/05_parallel.ipynb #de434d35
+# %% ../../nbs/0_project/05_parallel.ipynb #7d2dd631
 import argparse
 import json
 import os
@@ -16,6 +16,7 @@ import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
+from fastcore.basics import patch
 from graphlib import TopologicalSorter
 
 from .run import SIGNALS
@@ -69,7 +70,7 @@ def run_graph(
             pool.shutdown(wait=True, cancel_futures=True)
     return failed
 
-# %% ../../nbs/0_project/05_parallel.ipynb #fc775205
+# %% ../../nbs/0_project/05_parallel.ipynb #2db045ad
 _ADVICE = (
     "To track the changes",
     "\tgit add",
@@ -79,7 +80,7 @@ _ADVICE = (
     "Updating lock",
 )
 
-
+# %% ../../nbs/0_project/05_parallel.ipynb #dfbba129
 class Repro:
     "Runs DVC in processes that it can stop"
 
@@ -119,24 +120,30 @@ class Repro:
         self.running.discard(process)
         return status
 
-    def stop(self, number: int, frame=None) -> None:
-        "End what is running; a handler for signals"
-        if not self.stopped:
-            self.stopped, self.since = number, time.monotonic()
-            self._send(signal.SIGINT)
-        elif time.monotonic() - self.since > 10:
-            self._send(signal.SIGKILL)
+# %% ../../nbs/0_project/05_parallel.ipynb #f4aad071
+@patch
+def stop(self: Repro, number: int, frame=None) -> None:
+    "End what is running; a handler for signals"
+    if not self.stopped:
+        self.stopped, self.since = number, time.monotonic()
+        self._send(signal.SIGINT)
+    elif time.monotonic() - self.since > 10:
+        self._send(signal.SIGKILL)
 
-    def _send(self, number):
-        for process in list(self.running):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
 
-    def _print(self, line):
-        try:
-            print(line, end="", flush=True)
-        except OSError:  # the terminal is gone
-            self.stop(signal.SIGHUP)
+@patch
+def _send(self: Repro, number):
+    for process in list(self.running):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+
+@patch
+def _print(self: Repro, line):
+    try:
+        print(line, end="", flush=True)
+    except OSError:  # the terminal is gone
+        self.stop(signal.SIGHUP)
 
 # %% ../../nbs/0_project/05_parallel.ipynb #f6da2212
 def main(
