@@ -65,7 +65,7 @@ class _Pixels:
         "A pickled copy, such as a spawned worker receives, shares no memory and decodes each time"
         return dict(images=self.images, sizes=None)
 
-# %% ../../nbs/1_data/07_batches.ipynb #74d2cb2c
+# %% ../../nbs/1_data/07_batches.ipynb #7ce1a336
 class StudyDataset(Dataset):
     "Prepared studies as image tensor and report; an item is addressed by (epoch, index), or by index alone for epoch 0"
 
@@ -76,12 +76,14 @@ class StudyDataset(Dataset):
         sections=("impression", "findings"),  # of the report, in this order
         seed: int = 0,  # of the augmentation
         sentences: float = 1.0,  # probability of keeping a sentence of the report, see data.reports
+        shuffle: bool = False,  # whether the order of the sentences is random
         *,
         cache_mb: int = 512,  # decode images only once if the pixels of all fit into so many megabytes; 0: never
     ):
         self.reports = studies.select_columns(["findings", "impression"])
         self.images = _Pixels(studies, cache_mb * 2**20)
-        self.transform, self.sections, self.seed, self.sentences = transform, sections, seed, sentences
+        self.transform, self.sections, self.seed = transform, sections, seed
+        self.sentences, self.shuffle = sentences, shuffle
 
     def __len__(self):
         return len(self.reports)
@@ -92,7 +94,7 @@ class StudyDataset(Dataset):
         with seeded(self.seed, epoch, i):
             return dict(
                 image=self.transform(image),
-                report=sample_sentences(report, self.sentences),
+                report=sample_sentences(report, self.sentences, self.shuffle),
                 address=address(self.seed, epoch, i),
             )
 

@@ -91,19 +91,20 @@ def report_text(
         raise ValueError(f"sections {list(sections)}: give findings, impression or both")
     return " ".join(filter(None, (study[s] for s in sections)))
 
-# %% ../../nbs/1_data/02_reports.ipynb #82056688
+# %% ../../nbs/1_data/02_reports.ipynb #4f17d677
 def sample_sentences(
     text: str,  # a report
-    keep: float = 1.0,  # probability of each sentence; 1 leaves the report as it is
+    keep: float = 1.0,  # probability of each sentence
+    shuffle: bool = False,  # whether their order is random
 ) -> str:  # at least one sentence
-    "A random subset of a report's sentences in random order (after ConVIRT's text transformation)"
+    "A random subset of a report's sentences (after ConVIRT's text transformation)"
     if not 0 < keep <= 1:
         raise ValueError(f"augment.sentences is {keep}: give a probability above 0, or 1 for the whole report")
-    if keep == 1:
+    if keep == 1 and not shuffle:
         return text
     import torch  # here, since preparing reports does without it
 
     sentences = re.split(r"(?<=[.!?])\s+", text)
     order = torch.randperm(len(sentences)).tolist()
-    kept = [sentences[i] for i in order if torch.rand(()) < keep]
-    return " ".join(kept or [sentences[order[0]]])
+    kept = [i for i in order if torch.rand(()) < keep] or order[:1]
+    return " ".join(sentences[i] for i in (kept if shuffle else sorted(kept)))

@@ -32,13 +32,14 @@ from ..project.config import ComputeOptions, ConfigError, Fraction, Options
 from ..project.stage import read_stage
 from .loop import Curves, EarlyStopping, Guard, Progress, Timer, resolve_precision, resume, run_key
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #5056ecb8
+# %% ../../nbs/8_training/01_pretrain.ipynb #22a5da2c
 class AugmentOptions(Options):
     "How training studies are varied"
 
     degrees: NonNegativeFloat = Field(0.0, description="largest rotation")
     contrast: Fraction = Field(0.0, description="brightness and contrast vary by this fraction")
     sentences: float = Field(1.0, gt=0, le=1, description="probability that a sentence of the report is kept")
+    shuffle: bool = Field(False, description="whether the sentences come in random order")
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #f0d253ad
 class PretrainOptions(Options):
@@ -210,12 +211,13 @@ def _problems(options, n_train, n_val, model=None):
         problems.append(str(e))
     return problems
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #42aaa465
+# %% ../../nbs/8_training/01_pretrain.ipynb #8000c517
 def _datasets(studies, image_size, options, seed):
     "Training and validation pairs as tensors on demand"
     augment = options.augment
     transform = train_transform(image_size, augment.degrees, augment.contrast)
-    train = StudyDataset(studies["train"], transform, options.sections, seed, augment.sentences)
+    how = dict(sentences=augment.sentences, shuffle=augment.shuffle)
+    train = StudyDataset(studies["train"], transform, options.sections, seed, **how)
     return train, StudyDataset(studies["val"], eval_transform(image_size), options.sections, seed)
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #aac10fa6
