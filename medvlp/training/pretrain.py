@@ -41,7 +41,7 @@ class AugmentOptions(Options):
     sentences: float = Field(1.0, gt=0, le=1, description="probability that a sentence of the report is kept")
     shuffle: bool = Field(False, description="whether the sentences come in random order")
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #f0d253ad
+# %% ../../nbs/8_training/01_pretrain.ipynb #9227d684
 class PretrainOptions(Options):
     "What is trained, and with which budget"
 
@@ -59,7 +59,7 @@ class PretrainOptions(Options):
     batch_size: int = Field(48, ge=2, description="pairs in a batch, on one process; they are each other's negatives")
     optimizer: Literal["adamw", "lamb"] = Field("adamw", description="lamb suits large batches")
     learning_rate: PositiveFloat = Field(2e-5, description="at its peak")
-    weight_decay: NonNegativeFloat = Field(0.05, description="of the optimizer")
+    weight_decay: NonNegativeFloat = Field(0.05, description="of matrices; biases, scales and temperatures have none")
     warmup: Fraction = Field(0.1, description="fraction of the steps in which the learning rate rises")
     accumulate: PositiveInt = Field(1, description="batches whose gradients are combined in one step")
     max_grad_norm: NonNegativeFloat = Field(0.0, description="gradients are clipped at this norm; 0: never")
@@ -68,13 +68,16 @@ class PretrainOptions(Options):
     log_steps: PositiveInt = Field(20, description="steps between two points of a curve")
     channels_last: bool = Field(True, description="the memory order that convolutions prefer")
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #404c702c
+# %% ../../nbs/8_training/01_pretrain.ipynb #584378cd
 class MethodTrainer(AddressedSampling, Trainer):
-    "A Trainer that sets the method's `epoch` and logs every term of the loss"
+    "A Trainer that sets the method's `epoch`, logs every term of the loss, and spares vectors and scalars the decay"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.sums = {"train": defaultdict(list), "eval": defaultdict(list)}
+
+    def get_decay_parameter_names(self, model):
+        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.model.epoch = float(self.state.epoch or 0)
@@ -158,14 +161,14 @@ def _machine(compute, device):
         report_to=[],
     )
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #733f82ec
+# %% ../../nbs/8_training/01_pretrain.ipynb #b42b56ee
 def _optimizer(options):
     "Class and options of the optimizer; None for Trainer's own AdamW"
     if options.optimizer == "adamw":
         return None
     from timm.optim import Lamb
 
-    return Lamb, dict(lr=options.learning_rate)
+    return Lamb, dict(lr=options.learning_rate, always_adapt=True, max_grad_norm=None)
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #2f15ae39
 def check_trainable(
