@@ -8,10 +8,11 @@ __all__ = ['normalise_answer', 'question_table', 'answer_vocabulary', 'split_val
            'train_answer_model', 'answer_logits', 'majority_answers', 'answer_table', 'answer_scores', 'answer',
            'read_answers']
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #db83d89b
+# %% ../../nbs/9_tasks/08_answer.ipynb #a0924e55
 import re, unicodedata
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
@@ -27,7 +28,7 @@ from ..encoders.image import ImageEncoder
 from ..encoders.pretrained import DownstreamConfig, DownstreamModel, as_list
 from ..encoders.text import TextEncoder, masked_mean
 from ..fusion.memory import Fusion
-from ..project.config import ComputeOptions, Dropout, Fraction
+from ..project.config import ComputeOptions, ConfigError, Dropout, Fraction
 from .metrics.intervals import estimate, few_note, join_notes, resample, weighted_mean
 from .metrics.scores import TaskResult, no_result
 from ..training.downstream import DownstreamOptions, Examples, fit, stored_size
@@ -172,19 +173,32 @@ class _WordNorm(nn.BatchNorm1d):
         real = super().forward(words[mask])
         return real.new_zeros(words.shape).masked_scatter(mask[..., None], real)
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #71ff856e
+# %% ../../nbs/9_tasks/08_answer.ipynb #84f07c1c
 class AnswerConfig(DownstreamConfig):
     model_type = "answer_model"
     text: dict | None = None  # arguments of TextEncoder
     answers: list | None = None  # the A answers to choose from
+    kind: str = "ma_cmf"  # of the fusion
     dim: int = 128  # width of the fusion
     heads: int = 4  # of its attention
     slots: int = 16  # of its memory
+    pretrained_fusion: bool = False  # whether it came from the method, and so counts as an encoder
     dropout: float = 0.1  # before the last layer
     max_tokens: int = 32  # longest question; longer ones are truncated
     blind: bool = False  # a black image instead of every image
 
 
+def _projection(width, dim):
+    "A linear layer between two widths, nothing where they are the same"
+    return nn.Identity() if width == dim else nn.Linear(width, dim)
+
+
+def _head(width, n_answers, dropout):
+    "From the two means to the answers"
+    hidden = [nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Dropout(dropout)]
+    return nn.Sequential(*hidden, nn.Linear(width, n_answers))
+
+# %% ../../nbs/9_tasks/08_answer.ipynb #964cdecf
 class AnswerModel(DownstreamModel):
     "A method's encoders, MPMA's fusion of patches and question, and a classifier over answers"
 
@@ -197,16 +211,12 @@ class AnswerModel(DownstreamModel):
             self.image_encoder, self.text_encoder = ImageEncoder(**config.image), TextEncoder(**config.text)
         patches, words, dim = self.image_encoder.patch_dim, self.text_encoder.dim, config.dim
         self.patch_norm, self.word_norm = nn.BatchNorm1d(patches, affine=False), _WordNorm(words)
-        self.patch_projection, self.place_projection = nn.Linear(patches, dim), nn.Linear(4, dim)
-        self.word_projection = nn.Linear(words, dim)
-        self.fusion = Fusion("ma_cmf", dim, heads=config.heads, slots=config.slots)
-        self.head = nn.Sequential(
-            nn.LayerNorm(2 * dim),
-            nn.Linear(2 * dim, 2 * dim),
-            nn.GELU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(2 * dim, len(config.answers)),
-        )
+        self.patch_projection, self.word_projection = _projection(patches, dim), _projection(words, dim)
+        self.place_projection = nn.Linear(4, dim)
+        self.fusion = Fusion(config.kind, dim, heads=config.heads, slots=config.slots)
+        if config.pretrained_fusion:
+            self.encoder_names = (*self.encoder_names, "fusion")
+        self.head = _head(2 * dim, len(config.answers), config.dropout)
         self.post_init()
 
     def train(self, mode: bool = True):
@@ -266,22 +276,43 @@ def forward(
     loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / (labels >= 0).sum().clamp(min=1)
     return dict(loss=loss, logits=logits)
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #154c1a16
+# %% ../../nbs/9_tasks/08_answer.ipynb #9921a79e
+def _find_fusion(model, choice):
+    "A method's fusion, where it has one and it is wanted; ConfigError where it is asked for and missing"
+    fusion = model.fusion if "fusion" in model.capabilities else None
+    if choice == "pretrained" and fusion is None:
+        problem = (
+            f"fusion: pretrained, but method {model.name} was trained without cross-attention of patches and words"
+        )
+        raise ConfigError(f"{problem}; choose fresh, or auto for several methods")
+    return None if choice == "fresh" else fusion
+
+
+def _fusion_fields(fusion):
+    "What AnswerConfig says about a pre-trained fusion"
+    attention, memory = fusion.of_patches, fusion.image_memory
+    fields = dict(kind=fusion.kind, dim=attention.embed_dim, heads=attention.num_heads, pretrained_fusion=True)
+    return fields if memory is None else fields | dict(slots=len(memory))
+
+# %% ../../nbs/9_tasks/08_answer.ipynb #53496eff
 def build_answer_model(
     model,
-    tokenizer,  # a method and its tokenizer; the method stays as it is: its encoders are copied
+    tokenizer,  # a method and its tokenizer; the method stays as it is: its weights are copied
     answers: list[str],  # of `answer_vocabulary`
+    fusion: str = "fresh",  # fresh, pretrained or auto, see AnswerOptions
     **config,  # other fields of AnswerConfig
 ) -> AnswerModel:
-    "An answer model with fresh layers on a method's encoders"
-    config = AnswerConfig(image=model.config.image, text=model.config.text, answers=list(answers), **config)
-    answer_model = AnswerModel(config)
-    answer_model.image_encoder.load_state_dict(model.image_encoder.state_dict())
-    answer_model.text_encoder.load_state_dict(model.text_encoder.state_dict())
+    "An answer model with fresh layers on a method's encoders, and on its fusion where that is wanted"
+    encoders = dict(image=model.config.image, text=model.config.text, answers=list(answers))
+    pretrained = _find_fusion(model, fusion)
+    config |= _fusion_fields(pretrained) if pretrained is not None else {}
+    answer_model = AnswerModel(AnswerConfig(**encoders, **config))
+    for name in answer_model.encoder_names:
+        getattr(answer_model, name).load_state_dict(getattr(model, name).state_dict())
     answer_model.tokenizer = tokenizer
     return answer_model
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #7e13b9a9
+# %% ../../nbs/9_tasks/08_answer.ipynb #46a19cdb
 @patch
 @torch.inference_mode()
 def answer(
@@ -301,10 +332,10 @@ def answer(
     for x in self.batches(images, batch_size, workers, "answer"):
         items = [dict(image=image, target=[(q, -100) for q in groups.pop(0)]) for image in x]
         batch = {name: value.to(self.device) for name, value in collate(items).items()}
-        found += self(**batch)["logits"].argmax(1).tolist()
-    return [self.config.answers[i] for i in found]
+        found.append(self(**batch)["logits"].argmax(1))
+    return [self.config.answers[i] for i in torch.cat(found).tolist()]
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #ef62942f
+# %% ../../nbs/9_tasks/08_answer.ipynb #999a4dfc
 class AnswerOptions(DownstreamOptions):
     "How an answer model is trained, and how it answers"
 
@@ -317,12 +348,15 @@ class AnswerOptions(DownstreamOptions):
     val_fraction: Fraction = Field(
         0.1, lt=1, description="of the training patients, as validation split where there is none"
     )
-    dim: PositiveInt = Field(128, description="width of the fusion")
-    heads: PositiveInt = Field(4, description="attention heads of the fusion; they divide its width")
-    slots: PositiveInt = Field(16, description="slots of the fusion's memory")
+    fusion: Literal["fresh", "pretrained", "auto"] = Field(
+        "fresh", description="how the fusion starts; auto: pretrained where the method has one"
+    )
+    dim: PositiveInt = Field(128, description="width of a fresh fusion")
+    heads: PositiveInt = Field(4, description="attention heads of a fresh fusion; they divide its width")
+    slots: PositiveInt = Field(16, description="slots of a fresh fusion's memory")
     dropout: Dropout = Field(0.1, description="dropout before the last layer")
     encoder_learning_rate: NonNegativeFloat = Field(
-        1e-4, description="peak learning rate of both encoders; 0: they stay frozen"
+        5e-6, description="peak learning rate of both encoders and of a pre-trained fusion; 0: they stay frozen"
     )
     n_resamples: PositiveInt = Field(1000, description="bootstrap resamples of the test patients")
     examples: PositiveInt = Field(8, description="answers on the sheet")
@@ -347,7 +381,7 @@ def predict_answers(
         logits = np.where(excluded, -np.inf, logits)
     return np.asarray(answers, dtype=object)[logits.argmax(1)]
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #23d053f7
+# %% ../../nbs/9_tasks/08_answer.ipynb #8ef03419
 def train_answer_model(
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is
@@ -363,7 +397,7 @@ def train_answer_model(
 ) -> AnswerModel:  # in evaluation mode
     "Teach new layers on a method's encoders to answer the training questions"
     set_seed(seed)
-    config = options.model_dump(include={"dim", "heads", "slots", "dropout", "max_tokens"})
+    config = options.model_dump(include={"fusion", "dim", "heads", "slots", "dropout", "max_tokens"})
     config |= dict(stored_size=stored_size(studies), blind=blind)
     size, drawn = model.config.image["image_size"], options.questions_per_study
     return fit(
@@ -378,7 +412,7 @@ def train_answer_model(
         title="answer without the image" if blind else "answer",
     )
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #ae21f42c
+# %% ../../nbs/9_tasks/08_answer.ipynb #44b958c2
 @torch.inference_mode()
 def answer_logits(
     model: AnswerModel,
@@ -395,8 +429,8 @@ def answer_logits(
     logits = []
     for batch in tqdm(loader, desc="answer", unit="batch", delay=2):
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        logits.append(model(**batch)["logits"].float().cpu().numpy())
-    return np.concatenate(logits)
+        logits.append(model(**batch)["logits"].float())
+    return torch.cat(logits).cpu().numpy()
 
 # %% ../../nbs/9_tasks/08_answer.ipynb #4cd93d76
 _MAJORITIES = dict(all=[], form=["closed"], kind=["closed", "kind"])
@@ -489,7 +523,7 @@ def _parts(table, answers):
     kept = {name: (table.split == name) & (known | (name == "test")) for name in ("train", "val", "test")}
     return {name: table[rows].sort_values("study", kind="stable") for name, rows in kept.items()}
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #d9b6e47f
+# %% ../../nbs/9_tasks/08_answer.ipynb #21d7f5b1
 def answer(  # noqa: F811, the method of AnswerModel has the same name
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is
@@ -531,7 +565,7 @@ def _left_out(table, parts, tokenizer, options):
     left_out = f"{rare} training questions with rare answers left out" if rare else ""
     return join_notes(few, left_out, f"{truncated} questions truncated" if truncated else "")
 
-
+# %% ../../nbs/9_tasks/08_answer.ipynb #67536a93
 def read_answers(
     output: str | Path,  # of `answer`
 ) -> pd.DataFrame:  # test questions: study, patient_id, question, answer, closed, kind, split, given, blind
