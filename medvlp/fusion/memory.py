@@ -34,16 +34,16 @@ def cross_attend(
     ignored = None if mask is None else key_padding_mask(mask)
     return attention(queries, others, others, key_padding_mask=ignored, need_weights=False)[0]
 
-# %% ../../nbs/5_fusion/00_memory.ipynb #f2672c15
-KINDS = ("gap", "gmp", "cmf", "ma_cmf")
+# %% ../../nbs/5_fusion/00_memory.ipynb #4110800b
+KINDS = ("text", "gap", "gmp", "cmf", "ma_cmf")
 
 
 class Fusion(nn.Module):
-    "One set of tokens from the patches and the words of a study (MPMA Eq. 2-4 and Table V)"
+    "One set of tokens from the patches and the words of a study (MPMA Eq. 2-4, Tables IV and V)"
 
     def __init__(
         self,
-        kind: str,  # gap, gmp, cmf or ma_cmf
+        kind: str,  # one of KINDS
         width: int,  # D, of patches and of words
         heads: int = 4,  # of the attention; must divide the width
         slots: int = 16,  # vectors of each memory, for ma_cmf
@@ -53,7 +53,7 @@ class Fusion(nn.Module):
         self.kind = kind
         if kind in ("gap", "gmp"):
             self.image = nn.Linear(width, width)
-        else:
+        elif kind != "text":
             self.of_patches, self.of_words = (nn.MultiheadAttention(width, heads, batch_first=True) for _ in range(2))
         self.image_memory, self.word_memory = (
             nn.Parameter(0.02 * torch.randn(slots, width)) if kind == "ma_cmf" else None for _ in range(2)
@@ -64,8 +64,10 @@ class Fusion(nn.Module):
         patches: Tensor,  # [B,N,D]
         words: Tensor,  # [B,L,D]
         mask: Tensor,  # [B,L] bool, True for real words
-    ) -> tuple[Tensor, Tensor]:  # tokens [B,T,D], 0 on padding; mask [B,T] bool; T = L for gap and gmp, else N + L
+    ) -> tuple[Tensor, Tensor]:  # tokens [B,T,D], 0 on padding; mask [B,T] bool; T = N + L for cmf and ma_cmf, else L
         _check_tokens(patches, words, mask)
+        if self.kind == "text":
+            return mask_padding(words, mask), mask
         if self.kind in ("gap", "gmp"):
             return mask_padding(words + self._pooled(patches), mask), mask
         return torch.cat(self.attend(patches, words, mask), 1), torch.cat([mask.new_ones(patches.shape[:2]), mask], 1)
