@@ -137,5 +137,7 @@ def test_adamatch_has_its_size():
     three_stages = 44_725_696 - 10_995_712  # timm's PVTv2-B3 without its class head and its fourth stage
     # the offset layer, the layer that mixes the sampled points beyond the convolution's own size, and the size bias
     adaptive = sum(4 * C * C + C + 4 * C + 2 for C in (64, 128))
-    assert weights_of(moving)["image_encoder"] == three_stages + adaptive
-    assert moving.temperature.shape == () and moving.image_encoder.dim == 320
+    heads = 768 * 320 + 320 + 1  # one linear layer on the text side, and the temperature
+    assert weights_of(moving) == dict(image_encoder=three_stages + adaptive, text_encoder=107_719_680, heads=heads)
+    with torch.device("meta"):
+        assert moving.image_encoder(torch.empty(1, 1, 256, 256)).grid == (16, 16)

@@ -12,10 +12,11 @@ from medvlp.losses.masked import patchify, word_loss
 from medvlp.losses.matching import patch_word, patch_word_scores
 from medvlp.losses.pairwise import region_word
 from medvlp.losses.tokenwise import cross_token_alignment
+from medvlp.methods.adamatch import LinearHead, piece_ids
 from medvlp.methods.base import build_method, load_method
 
 REPORTS = ["Small left pleural effusion.", "No pneumothorax.", "Large right pleural effusion.", "Clear."]
-TOKENIZER = train_tokenizer(REPORTS * 3, vocab_size=100)
+TOKENIZER = train_tokenizer(REPORTS * 3, vocab_size=60)  # so small that words fall into pieces
 TEXTS = encode(TOKENIZER, REPORTS)
 READING = ("input_ids", "attention_mask", "word_ids")
 TEXT = dict(
@@ -310,9 +311,12 @@ def test_mpma_restores_mean_and_deviation_of_normalised_patches():
 # AdaMatch
 
 
-def test_adamatch_is_patch_word_and_ranks_by_its_scores():
-    model = small("adamatch").eval()
-    image, text = features(model)
+@pytest.mark.parametrize("heads", ["linear", "mlp"])
+@pytest.mark.parametrize("tokens", ["pieces", "words"])
+def test_adamatch_is_patch_word_and_ranks_by_its_scores(heads, tokens):
+    model = small("adamatch", heads=heads, tokens=tokens).eval()
+    image, text = features(model, word_ids=model.token_ids(TEXTS["word_ids"]))
+    assert torch.equal(text.mask.sum(1), (TEXTS["word_ids"] >= 0).sum(1)) == (tokens == "pieces")
     tokens = model.tokens(image, text)
     for term, loss in zip(model.terms(image, text).values(), patch_word(*tokens, text.mask), strict=True):
         close(term(), loss, 1e-6)
@@ -323,6 +327,36 @@ def test_adamatch_is_patch_word_and_ranks_by_its_scores():
             close(model.similarity(images, texts, images_at_once=n), expected, 1e-6)
     no_words = torch.zeros_like(texts)
     close(model.similarity(images, no_words), torch.full((4, 4), -1.0))
+
+
+def test_adamatch_maps_of_a_word_of_one_piece_are_those_of_the_piece():
+    model, ids = small("adamatch").eval(), TEXTS["word_ids"]
+    by_word = model.token_maps(*features(model))[0]
+    by_piece = model.token_maps(*features(model, word_ids=piece_ids(ids)))[0]
+    for words, found, expected in zip(ids.tolist(), by_word, by_piece):
+        pieces = [w for w in words if w >= 0]
+        for word in set(pieces):
+            if pieces.count(word) == 1:
+                close(found[word], expected[pieces.index(word)])
+
+
+def test_adamatch_linear_heads_have_the_gradient_of_their_formula():
+    torch.manual_seed(0)
+    head, patches = LinearHead(3, 2).double(), torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
+    tokens, mask = torch.randn(3, 5, 3, dtype=torch.float64), torch.arange(5) < torch.tensor([[5], [1], [3]])
+
+    def loss(patches, tokens, weight, bias):
+        words = torch.func.functional_call(head, dict(weight=weight, bias=bias), (tokens, mask))
+        return sum(patch_word(patches, words, mask, temperature=0.5))
+
+    inputs = (patches, tokens.requires_grad_(), head.weight, head.bias)
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert (torch.autograd.grad(loss(*inputs), tokens)[0][~mask] == 0).all()
+
+
+def test_adamatch_takes_patches_of_its_width_as_they_are():
+    assert sum(p.numel() for p in small("adamatch", dim=24).patch_projection.parameters()) == 0
+    assert small("adamatch", dim=16).patch_projection.weight.shape == (16, 24)
 
 
 def test_adamatch_keeps_its_temperature_above_the_minimum_and_learns_it():
