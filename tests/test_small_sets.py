@@ -5,6 +5,7 @@ from functools import cache, partial
 
 import datasets
 import numpy as np
+import pandas as pd
 import PIL.Image
 import pytest
 import torch
@@ -15,6 +16,7 @@ from medvlp.methods.base import build_method
 from medvlp.project.config import ComputeOptions, ConfigError
 from medvlp.tables.scoreboard import save_scoreboard, scoreboard
 from medvlp.tasks.answer import AnswerOptions, answer
+from medvlp.tasks.equal import EqualOptions
 from medvlp.tasks.evaluate import EvaluateOptions, _prompts, evaluate
 from medvlp.tasks.evaluate import study_set as read_set
 from medvlp.tasks.finetune import FinetuneOptions, finetune
@@ -106,7 +108,7 @@ def options(tmp_path_factory):
     file.write_text(PROMPTS)
     return EvaluateOptions(
         probe=ProbeOptions(fractions=[0.01, 0.1, 1.0], subset_seeds=2),
-        retrieval=RetrievalOptions(classes=LABELS),
+        equal_classes=EqualOptions(labels=LABELS),
         zero_shot=ZeroShotOptions(prompts=str(file)),
         n_resamples=20,
     )
@@ -187,18 +189,30 @@ def test_a_report_without_the_section_that_a_method_reads(mpma, options):
 
 
 def test_classes_that_nobody_names_are_those_of_the_set(mpma, options):
-    unnamed = options.model_copy(update=dict(retrieval=RetrievalOptions(precision_ks=[2])))
+    few = dict(retrieval=RetrievalOptions(precision_ks=[2]), equal_classes=EqualOptions())
+    unnamed = options.model_copy(update=few)
     found = evaluate(*mpma, SETS["twenty training studies"], options=unnamed)
-    assert {"2x7 P@2", "2x7 P@2 nodule"} <= set(found["retrieval"].scores.metric)
-    assert "2x7 which accuracy" in set(found["zero_shot"].scores.metric)
+    scores = pd.concat([found[task].scores for task in ("probe", "retrieval", "zero_shot")])
+    equal = scores[scores.metric.str.startswith("equal-classes ")].set_index("metric")
+    assert {"equal-classes P@2", "equal-classes P@2 nodule", "equal-classes AUROC 1 %"} <= set(equal.index)
+    assert equal.note.str.startswith("2 x 7 studies with exactly one of effusion, nodule").all()
+    assert (equal.n["equal-classes P@2"], equal.n["equal-classes which accuracy"]) == (14, 14)
+    assert equal.chance["equal-classes which accuracy"] == equal.chance["equal-classes AUROC 1 %"] == 0.5
     silent = evaluate(*mpma, SETS["two test studies"], options=unnamed)
-    assert not silent["retrieval"].scores.metric.str.contains("x").any()
+    assert silent["retrieval"].scores.note.iloc[-1] == "no two labels are alone in five test studies each"
 
 
 def test_classes_that_the_set_does_not_have(mpma, options):
-    five = options.model_copy(update=dict(retrieval=RetrievalOptions(classes=["Edema", "Atelectasis"])))
+    five = options.model_copy(update=dict(equal_classes=EqualOptions(labels=["Edema", "Atelectasis"])))
     scores = evaluate(*mpma, SETS["two test studies"], options=five)["retrieval"].scores.set_index("metric")
-    assert scores.note["2x0 P@K"] == "the set has no label Edema, Atelectasis"
+    assert scores.note["equal-classes P@5"] == "the set has no label Edema, Atelectasis"
+
+
+def test_without_reports_the_equal_set_is_of_all_test_studies(mpma, options):
+    films = study_set(*(study(i, "train" if i > 7 else "test", report=False, labels=both(i)) for i in range(16)))
+    found = evaluate(*mpma, films, options=options)
+    scores = pd.concat([found[task].scores for task in ("probe", "zero_shot")]).set_index("metric")
+    assert scores.n["equal-classes AUROC 1 %"] == scores.n["equal-classes which accuracy"] == 4
 
 
 TRAINING = dict(epochs=1, min_steps=1, batch_size=4, patience=1, n_resamples=20)

@@ -242,7 +242,7 @@ def _needs(experiment, name, tasks, methods):
     for task in tasks.values():
         if name in task.data and task.methods:
             prompts.append(_prompts(task.options))
-            labels += _named(getattr(getattr(task.options, "retrieval", None), "classes", "auto"))
+            labels += _named(getattr(getattr(task.options, "equal_classes", None), "labels", "auto"))
             sections += [_named(getattr(task.options, "sections", "auto"))]
     if name in experiment.pretrain.get("data", []):
         sections += [list(options.sections) for options in methods.values() if options.epochs]

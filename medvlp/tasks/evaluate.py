@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EvaluateOptions', 'StudySet', 'study_set', 'SetVectors', 'set_vectors', 'evaluate']
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #cfb53d02
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #41a47a38
 import logging
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
@@ -13,33 +13,62 @@ from pydantic import Field, PositiveInt
 from ..data.reports import report_text
 from ..project.config import ComputeOptions, ConfigError, Options, options_table
 from .embed import image_embeddings, image_features, text_embeddings
-from .metrics.scores import TaskResult, no_result
-from .pointing import pointing, pointing_scores
-from .probe import ProbeOptions, label_frame, linear_probe, probe_scores
+from .equal import EQUAL, EqualOptions, EqualSet, equal_set
+from .metrics.scores import TaskResult, by_label, no_result
+from .pointing import POINTING, pointing, pointing_scores
+from .probe import ProbeOptions, label_frame, probe_names, probe_score, probe_scores
+from .probe import learn_from_few, learnt_table
 from .reconstruction import reconstruction, reconstruction_scores
-from .retrieval import RetrievalOptions, retrieval, retrieval_scores
-from medvlp.tasks.zero_shot import (
-    ZeroShotOptions,
-    equal_set,
-    lone_labels,
-    prompt_embeddings,
-    read_prompts,
-    zero_shot,
-    zero_shot_scores,
-)
+from .retrieval import RetrievalOptions, precision_names, recall_names, retrieval, retrieval_scores
+from .zero_shot import ZERO_SHOT, ZeroShotOptions, prompt_embeddings, read_prompts
+from .zero_shot import zero_shot, zero_shot_scores
 
 _log = logging.getLogger(__name__)
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #35033b4f
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #dac423d9
 class EvaluateOptions(Options):
     "Options of the tasks that leave the encoders frozen"
 
     probe: ProbeOptions = Field(ProbeOptions(), description="the linear probe")
     retrieval: RetrievalOptions = Field(RetrievalOptions(), description="retrieval")
     zero_shot: ZeroShotOptions = Field(ZeroShotOptions(), description="zero-shot classification")
+    equal_classes: EqualOptions = Field(
+        EqualOptions(), description="a test set for these three with equally many studies of each class"
+    )
     n_resamples: PositiveInt = Field(1000, description="bootstrap resamples of the test patients")
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #041f1eb5
+    def metric_names(self) -> dict[str, list[str]]:
+        "What each of the tasks may measure, known before anything runs; * stands for a label or a kind of word"
+        probe, precision = probe_names(self.probe.fractions), precision_names(self.retrieval)
+        equal = lambda names: by_label([EQUAL + name for name in names])
+        words = ["word accuracy", "word accuracy with another image", "gain by the image"]
+        return dict(
+            probe=[*by_label(probe), *equal(probe)],
+            retrieval=[*recall_names(self.retrieval), *by_label(precision), *equal(precision)],
+            zero_shot=[*by_label(ZERO_SHOT), *equal(ZERO_SHOT)],
+            pointing=by_label(POINTING),
+            reconstruction=["pixel error", *words, *(f"{name}: *" for name in words)],
+        )
+
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #db9e0b1f
+def _too_few_patients(
+    patients,  # [n] of the studies that a task would use
+    what: str,  # e.g. "test studies"
+) -> str:  # empty if there are enough
+    "Why a task cannot have intervals"
+    if not len(patients):
+        return f"the set has no {what}"
+    return f"the {what} are all of one patient; intervals need at least two" if len(set(patients)) < 2 else ""
+
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #f38c17d5
+def _equal_set(labels, patients, rows, options):
+    "The set of equal classes among some rows; its rows count in the whole set"
+    equal = equal_set(labels.iloc[rows], options)
+    chosen = rows[equal.rows]
+    reason = equal.reason or _too_few_patients(patients[chosen], "studies with exactly one of the classes")
+    return equal._replace(rows=chosen, reason=reason)
+
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #db8bf1e1
 class StudySet(NamedTuple):
     "A prepared set as the tasks read it"
 
@@ -49,6 +78,7 @@ class StudySet(NamedTuple):
     patients: np.ndarray  # [N]
     pairs: np.ndarray  # rows of the test studies with a report
     reports: list[str]  # of the pairs
+    equal: EqualSet  # of test studies
 
     def rows(self, split: str) -> np.ndarray:
         "Row numbers of a split"
@@ -59,14 +89,16 @@ def study_set(
     studies,  # of load_studies, all splits
     labels=(),  # names of the labels that tasks use; empty: every label of the set
     sections=("impression", "findings"),  # of the report, as in training
+    classes: EqualOptions = EqualOptions(),
 ) -> StudySet:
     "Read what the tasks need of a set; ConfigError for a label that the set does not have"
     split, patients, paired = (np.array(studies[k][:]) for k in ("split", "patient_id", "paired"))
     rows = np.flatnonzero((split == "test") & paired.astype(bool))
     texts = studies.select(rows).select_columns(["findings", "impression"])
     reports = {row: text for row, study in zip(rows, texts) if (text := report_text(study, sections))}
-    pairs = np.array(list(reports), int)
-    return StudySet(studies, label_frame(studies, labels), split, patients, pairs, list(reports.values()))
+    pairs, known = np.array(list(reports), int), label_frame(studies, labels)
+    equal = _equal_set(known, patients, pairs if len(pairs) else np.flatnonzero(split == "test"), classes)
+    return StudySet(studies, known, split, patients, pairs, list(reports.values()), equal)
 
 # %% ../../nbs/9_tasks/09_evaluate.ipynb #473fb76b
 class SetVectors(NamedTuple):
@@ -102,70 +134,51 @@ def set_vectors(
             similarity = model.similarity(images[place[data.pairs]], texts).float().cpu().numpy()
     return SetVectors(np.concatenate(list(parts.values()))[order], images, place, similarity)
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #db9e0b1f
-def _too_few_patients(
-    patients,  # [n] of the studies that a task would use
-    what: str,  # e.g. "test studies"
-) -> str:  # empty if there are enough
-    "Why a task cannot have intervals"
-    if not len(patients):
-        return f"the set has no {what}"
-    return f"the {what} are all of one patient; intervals need at least two" if len(set(patients)) < 2 else ""
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #68b103c6
+def _with_equal(scores, equal, names, measure):
+    "The scores of a task, and those of the set of equal classes, or why it has none"
+    among = equal.missing(names) if equal.reason else equal.named(measure(equal))
+    return pd.concat([scores, among], ignore_index=True)
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #2bc97bd1
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #4ae8df5e
 def _probe(data, vectors, options):
-    "Notebook 01_probe on the features"
+    "Notebook 01_probe on the features of all test studies, and of the set of equal classes"
     if not len(data.labels.columns):
         return no_result("the set has no labels (columns label_<name> of metadata.csv)")
     if not len(data.rows("train")):
         return no_result("the set has no training studies")
     if reason := _too_few_patients(data.patients[data.rows("test")], "test studies"):
         return no_result(reason)
-    names, how = list(data.labels), options.probe.model_dump()
-    about = (data.labels, data.split, data.patients, names)
-    table = linear_probe(vectors.features, *about, **how, n_resamples=options.n_resamples)
-    largest = f"AUROC {100 * max(options.probe.fractions):g} %"
-    return TaskResult(probe_scores(table), table, headline={largest: "probe"})
+    labels, test, p = data.labels.to_numpy(float), data.rows("test"), options.probe
+    score = probe_score(np.asarray(vectors.features, float), labels, data.split, p.C)
+    learnt = learn_from_few(score, labels, data.split, p.fractions, p.subset_seeds)
+    table = learnt_table(learnt, labels[test], data.patients[test], list(data.labels), options.n_resamples)
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #68d6a55b
-def _equal_set(data, options):
-    "The set of equal classes among the test pairs, and why the classes that were named have none"
-    named, of_pairs = options.retrieval.classes, data.labels.iloc[data.pairs]
-    classes = lone_labels(of_pairs) if named == "auto" else named
-    if missing := [c for c in classes if c not in of_pairs]:
-        return equal_set(of_pairs), f"the set has no label {', '.join(missing)}"
-    equal = equal_set(of_pairs, classes, options.retrieval.per_class)
-    if not classes or not len(equal.rows):
-        return equal, "not every class has a test pair with this one only" if classes else ""
-    reason = _too_few_patients(data.patients[data.pairs][equal.rows], "studies with exactly one of the classes")
-    return (equal_set(of_pairs), "" if named == "auto" else reason) if reason else (equal, "")
+    def on_equal_classes(equal):
+        columns, rows = data.labels.columns.get_indexer(list(equal.labels)), np.searchsorted(test, equal.rows)
+        some, about = [part.on(rows, columns) for part in learnt], (data.patients[equal.rows], list(equal.labels))
+        return probe_scores(learnt_table(some, equal.labels.to_numpy(), *about, options.n_resamples))
 
+    scores = _with_equal(probe_scores(table), data.equal, probe_names(p.fractions), on_equal_classes)
+    return TaskResult(scores, table, headline={f"AUROC {100 * max(p.fractions):g} %": "probe"})
 
-def _no_equal_set(classes, metric, reason):
-    "The row that says why there are no scores on equal classes"
-    numbers = dict.fromkeys(["value", "low", "high", "chance"], np.nan)
-    return pd.DataFrame([dict(metric=f"{len(classes)}x0 {metric}", overall=False, **numbers, n=0, note=reason)])
-
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #7d78ac8e
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #5409b8de
 def _retrieval(data, vectors, options):
-    "Notebook 02_retrieval on the test pairs, and on the set of equal classes"
+    "Notebook 02_retrieval on the test pairs, and its precision on the set of equal classes"
     patients, reports = data.patients[data.pairs], data.reports
     if reason := _too_few_patients(patients, "test studies with a report"):
         return no_result(reason)
-    similarity, labels, names = vectors.similarity, data.labels.iloc[data.pairs], list(data.labels)
-    how = dict(recall_ks=options.retrieval.recall_ks, precision_ks=options.retrieval.precision_ks)
-    how |= dict(n_resamples=options.n_resamples)
-    table = retrieval(similarity, reports, patients, labels if names else None, names, **how)
-    scores = [retrieval_scores(table)]
-    equal, reason = _equal_set(data, options)
-    if reason:
-        scores.append(_no_equal_set(options.retrieval.classes, "P@K", reason))
-    if len(rows := equal.rows):
-        some = [reports[i] for i in rows]
-        among = retrieval(similarity[rows][:, rows], some, patients[rows], equal.labels, list(equal.labels), **how)
-        scores.append(equal.named(retrieval_scores(among)))
-    headline = {"image to report R@5": "R@5"}
-    return TaskResult(pd.concat(scores, ignore_index=True), table, headline=headline)
+    labels, ks = (data.labels.iloc[data.pairs] if len(data.labels.columns) else None), options.retrieval
+    how = dict(precision_ks=ks.precision_ks, n_resamples=options.n_resamples)
+    table = retrieval(vectors.similarity, reports, patients, labels, recall_ks=ks.recall_ks, **how)
+
+    def on_equal_classes(equal):
+        rows = np.searchsorted(data.pairs, equal.rows)
+        square, some = vectors.similarity[np.ix_(rows, rows)], [reports[i] for i in rows]
+        return retrieval_scores(retrieval(square, some, patients[rows], equal.labels, recall_ks=[], **how))
+
+    scores = _with_equal(retrieval_scores(table), data.equal, precision_names(ks), on_equal_classes)
+    return TaskResult(scores, table, headline={"image to report R@5": "R@5"})
 
 # %% ../../nbs/9_tasks/09_evaluate.ipynb #7fbeccd7
 def _prompts(data, options):
@@ -182,7 +195,7 @@ def _prompts(data, options):
         _log.warning("zero-shot classification leaves out %s: %s", ", ".join(lacking), remedy)
     return prompts
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #90b2cfa6
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #2d885e01
 def _zero_shot_reason(data, prompts, options):
     "Why there is no zero-shot classification; empty if there is"
     if not options.zero_shot.prompts:
@@ -202,18 +215,16 @@ def _zero_shot(model, data, vectors, prompts, options):
     validation = (vectors.images[vectors.place[val]], data.labels.iloc[val]) if len(val) else None
     images, patients = vectors.images[vectors.place[test]], data.patients[test]
     table = zero_shot(images, prompts, data.labels.iloc[test], patients, validation=validation, **how)
-    scores, (equal, reason) = [zero_shot_scores(table)], _equal_set(data, options)
-    if lacking := [c for c in equal.labels if c not in prompts]:
-        reason = f"no prompts for {', '.join(lacking)}"
-    if reason and options.retrieval.classes != "auto":
-        scores.append(_no_equal_set(options.retrieval.classes, "which accuracy", reason))
-    elif len(equal.rows) and not reason:
-        rows = data.pairs[equal.rows]
-        some = {c: prompts[c] for c in equal.labels}
-        among = zero_shot(vectors.images[vectors.place[rows]], some, equal.labels, data.patients[rows], **how)
-        among = zero_shot_scores(among)
-        scores.append(equal.named(among[among.metric == "which accuracy"]))
-    return TaskResult(pd.concat(scores, ignore_index=True), table, headline={"AUROC": "zero-shot"})
+
+    def on_equal_classes(equal):
+        some, about = {name: prompts[name] for name in equal.labels}, (equal.labels, data.patients[equal.rows])
+        images = vectors.images[vectors.place[equal.rows]]
+        return zero_shot_scores(zero_shot(images, some, *about, validation=validation, **how))
+
+    lacking = [name for name in data.equal.labels if name not in prompts]
+    equal = data.equal._replace(reason=f"no prompts for {', '.join(lacking)}") if lacking else data.equal
+    scores = _with_equal(zero_shot_scores(table), equal, ZERO_SHOT, on_equal_classes)
+    return TaskResult(scores, table, headline={"AUROC": "zero-shot"})
 
 # %% ../../nbs/9_tasks/09_evaluate.ipynb #bb4a81be
 def _pointing(model, tokenizer, data, options, reading):
@@ -242,7 +253,7 @@ def _reconstruction(model, tokenizer, data, options, reading):
         return no_result("no shift of the test studies gives each an image of another patient")
     return TaskResult(reconstruction_scores(table), table)
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #47111922
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #21090405
 def evaluate(
     model,
     tokenizer,  # a loaded method and its tokenizer
@@ -257,7 +268,7 @@ def evaluate(
     "Every task that leaves the encoders frozen; ConfigError for unusable options, a reason for what the set lacks"
     from medvlp.data.batches import resolve_workers
 
-    data = study_set(studies, labels, sections)
+    data = study_set(studies, labels, sections, options.equal_classes)
     sentences = _prompts(data, options)
     workers = resolve_workers(compute.workers, model.device.type)
     vectors = set_vectors(model, tokenizer, data, max_tokens, workers)

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['ProbeOptions', 'label_frame', 'label_matrix', 'label_subset', 'fit_probe', 'probe_logits', 'probe_aurocs',
-           'probe_accuracies', 'class_notes', 'few_labels_table', 'linear_probe', 'probe_scores']
+           'probe_accuracies', 'class_notes', 'Learnt', 'learn_from_few', 'learnt_table', 'few_labels_table',
+           'probe_score', 'linear_probe', 'probe_scores', 'probe_names']
 
-# %% ../../nbs/9_tasks/01_probe.ipynb #8d0b6183
+# %% ../../nbs/9_tasks/01_probe.ipynb #7b999cd1
 from collections.abc import Callable
-from typing import Annotated
+from itertools import product
+from typing import Annotated, NamedTuple
 import numpy as np, pandas as pd
 from pydantic import Field, PositiveFloat, PositiveInt
 from tqdm import tqdm
@@ -230,9 +232,65 @@ def _check_split(
             raise ValueError(f"split: no {name} rows; it holds {sorted(set(split.tolist()))}")
     return tuple(rows)
 
-# %% ../../nbs/9_tasks/01_probe.ipynb #6e93eb02
-def few_labels_table(
+# %% ../../nbs/9_tasks/01_probe.ipynb #4ec651db
+class Learnt(NamedTuple):
+    "What was learnt from a fraction of the labels: scores of test studies, for each random subset"
+
+    fraction: float
+    n_labelled: int  # the mean over subsets
+    scores: np.ndarray  # [S,n,K]
+    one_class: np.ndarray  # [K] in how many subsets a label had one class only
+    note: str  # on the studies to learn from
+
+    def on(self, rows, columns):  # of the test studies and of the labels
+        "The same for some of the test studies and labels"
+        return self._replace(scores=self.scores[:, rows][..., columns], one_class=self.one_class[columns])
+
+
+def learn_from_few(
     score: Callable,  # (rows of labelled studies, number of the subset) -> [n,K] scores of the test studies
+    labels,  # [N,K] 1, 0, -1 uncertain, NaN unknown
+    split,  # [N] "train" and "test"; other studies are not used
+    fractions=(0.01, 0.1, 1.0),  # of the labelled training studies
+    subset_seeds: int = 5,  # subsets per fraction
+    seed: int = 0,  # of the subsets
+) -> list[Learnt]:  # one for each fraction
+    "Learn from each random subset of each fraction of the labels"
+    train, _ = _check_split(split)
+    seeds = {f: range(1 if f == 1 else subset_seeds) for f in fractions}
+    drawn = [[train[label_subset(labels[train], f, (seed, s))] for s in seeds[f]] for f in fractions]
+    learnt = []
+    for f, subsets, note in zip(fractions, drawn, _training_notes(drawn, fractions)):
+        bar = tqdm(subsets, desc=f"{f:.0%} of labels", leave=False, delay=2, disable=len(subsets) == 1)
+        scores = np.stack([score(rows, s) for s, rows in enumerate(bar)])
+        one_class = sum(~np.array(_has_both(labels[rows])) for rows in subsets)
+        learnt.append(Learnt(f, round(np.mean([len(rows) for rows in subsets])), scores, one_class, note))
+    return learnt
+
+# %% ../../nbs/9_tasks/01_probe.ipynb #21104e62
+def learnt_table(
+    learnt: list[Learnt],
+    labels,  # [n,K] of its test studies
+    patient_ids,  # [n]
+    names: list,  # K names
+    n_resamples: int = 1000,  # of the test patients
+    seed: int = 0,  # of the resamples
+    measures=("AUROC",),  # AUROC, accuracy or both
+) -> pd.DataFrame:  # fraction, n_labelled, measure, label, value, low, high, chance, std, ..., note
+    "AUROC or accuracy by fraction and label, with intervals over test patients"
+    counts, tables = resample(patient_ids, n_resamples, seed), []
+    for (fraction, n_labelled, scores, one_class, note), name in product(learnt, measures):
+        measure, chance = _MEASURES[name]
+        values, resampled = (measure(scores, labels, c) for c in (None, counts))
+        table = _probe_rows(values, resampled, chance(labels), labels, names, one_class, note)
+        tables.append(table.assign(fraction=fraction, measure=name, n_labelled=n_labelled))
+    table = pd.concat(tables, ignore_index=True)
+    first = ["fraction", "n_labelled", "measure"]
+    return table[[*first, *table.columns.drop(first)]]
+
+# %% ../../nbs/9_tasks/01_probe.ipynb #765a9615
+def few_labels_table(
+    score: Callable,  # of `learn_from_few`
     labels,  # [N,K] 1, 0, -1 uncertain, NaN unknown
     split,  # [N] "train" and "test"; other studies are not used
     patient_ids,  # [N]
@@ -242,28 +300,24 @@ def few_labels_table(
     n_resamples: int = 1000,  # of the test patients
     seed: int = 0,  # of subsets and resamples
     measures=("AUROC",),  # AUROC, accuracy or both
-) -> pd.DataFrame:  # fraction, n_labelled, measure, label, value, low, high, chance, std, ..., note
+) -> pd.DataFrame:  # of `learnt_table`
     "AUROC or accuracy of what learns from few labels, with intervals over test patients"
-    train, test = _check_split(split)
-    counts = resample(np.asarray(patient_ids)[test], n_resamples, seed)
-    seeds = {f: range(1 if f == 1 else subset_seeds) for f in fractions}
-    drawn = [[train[label_subset(labels[train], f, (seed, s))] for s in seeds[f]] for f in fractions]
-    tables = []
-    for f, subsets, note in zip(fractions, drawn, _training_notes(drawn, fractions)):
-        bar = tqdm(subsets, desc=f"{f:.0%} of labels", leave=False, delay=2, disable=len(subsets) == 1)
-        scores = np.stack([score(rows, s) for s, rows in enumerate(bar)])
-        one_class = sum(~np.array(_has_both(labels[rows])) for rows in subsets)
-        for name in measures:
-            measure, chance = _MEASURES[name]
-            values, resampled = (measure(scores, labels[test], c) for c in (None, counts))
-            table = _probe_rows(values, resampled, chance(labels[test]), labels[test], names, one_class, note)
-            n_labelled = round(np.mean([len(rows) for rows in subsets]))
-            tables.append(table.assign(fraction=f, measure=name, n_labelled=n_labelled))
-    table = pd.concat(tables, ignore_index=True)
-    first = ["fraction", "n_labelled", "measure"]
-    return table[[*first, *table.columns.drop(first)]]
+    test = _check_split(split)[1]
+    learnt = learn_from_few(score, labels, split, fractions, subset_seeds, seed)
+    return learnt_table(learnt, labels[test], np.asarray(patient_ids)[test], names, n_resamples, seed, measures)
 
-# %% ../../nbs/9_tasks/01_probe.ipynb #79675713
+# %% ../../nbs/9_tasks/01_probe.ipynb #5eae3c78
+def probe_score(
+    features,  # [N,D] of all studies
+    labels,  # [N,K] 1, 0, -1 uncertain, NaN unknown
+    split,  # [N] "train" and "test"
+    C: float = 0.1,  # inverse strength of the penalty
+) -> Callable:  # for `learn_from_few`
+    "A linear probe as what learns from few labels"
+    test = _check_split(split)[1]
+    return lambda rows, _: probe_logits(fit_probe(features[rows], labels[rows], C), features[test])
+
+
 def linear_probe(
     features,  # [N,D] of all studies
     labels,  # [N,K] array, or DataFrame with a column for each label: 1, 0, -1 uncertain, NaN unknown
@@ -277,17 +331,8 @@ def linear_probe(
 ) -> pd.DataFrame:  # of `few_labels_table`
     "AUROC of a linear probe by fraction and label, with intervals over test patients"
     X, (Y, names) = np.asarray(features, float), label_matrix(labels, label_names)
-    test = _check_split(split)[1]
-    return few_labels_table(
-        lambda rows, _: probe_logits(fit_probe(X[rows], Y[rows], C), X[test]),
-        Y,
-        split,
-        patient_ids,
-        names,
-        fractions,
-        subset_seeds,
-        **options,
-    )
+    score = probe_score(X, Y, split, C)
+    return few_labels_table(score, Y, split, patient_ids, names, fractions, subset_seeds, **options)
 
 # %% ../../nbs/9_tasks/01_probe.ipynb #236e4412
 def probe_scores(
@@ -298,3 +343,11 @@ def probe_scores(
     metric = table.measure + table.fraction.map(lambda f: f" {100 * f:g} %") + label
     columns = table[["value", "low", "high", "chance"]]
     return pd.DataFrame(dict(metric=metric, overall=label == "", **columns, n=table.n_test, note=table.note))
+
+# %% ../../nbs/9_tasks/01_probe.ipynb #ed71e4ae
+def probe_names(
+    fractions,  # of the labels
+    measures=("AUROC",),  # AUROC, accuracy or both
+) -> list[str]:
+    "Metrics of what learns from few labels"
+    return [f"{measure} {100 * f:g} %" for measure in measures for f in fractions]

@@ -4,31 +4,25 @@
 
 # %% auto #0
 __all__ = ['RetrievalOptions', 'chance_hit', 'report_ids', 'text_chance', 'Ranks', 'ranks', 'study_ranks', 'recall_at_k',
-           'top_fraction', 'precision_at_k', 'retrieval', 'retrieval_scores']
+           'top_fraction', 'precision_at_k', 'retrieval', 'retrieval_scores', 'precision_names', 'recall_names']
 
-# %% ../../nbs/9_tasks/02_retrieval.ipynb #c4c2f15a
+# %% ../../nbs/9_tasks/02_retrieval.ipynb #8091a708
 from collections.abc import Iterator
 from typing import NamedTuple
 import numpy as np, pandas as pd
 from pydantic import PositiveInt, Field
 from tqdm import tqdm
-from ..project.config import Auto, Options, options_table
+from ..project.config import Options, options_table
 from .metrics.intervals import Estimate, estimate, few_labels_note, few_note
 from .metrics.intervals import resample, weighted_mean, with_macro
 from .probe import label_matrix
 
-# %% ../../nbs/9_tasks/02_retrieval.ipynb #ae7c5db9
+# %% ../../nbs/9_tasks/02_retrieval.ipynb #f0bdffd6
 class RetrievalOptions(Options):
     "Options of retrieval"
 
     recall_ks: list[PositiveInt] = Field([1, 5, 10], min_length=1, description="K of recall")
     precision_ks: list[PositiveInt] = Field([5, 10, 100], min_length=1, description="K of precision by class")
-    classes: list[str] | Auto = Field(
-        "auto",
-        description="labels for a set of test pairs with exactly one of them, equally many of each, as CheXpert "
-        "5x200; auto: those that at least five test pairs have alone; empty for no such set",
-    )
-    per_class: PositiveInt = Field(200, description="pairs of each class; the largest equal number if there are fewer")
 
 # %% ../../nbs/9_tasks/02_retrieval.ipynb #e461ca45
 def chance_hit(
@@ -242,3 +236,13 @@ def retrieval_scores(
     metric = (table.direction + " R@" + k).where(table.metric == "recall", "P@" + k + label)
     columns = table[["value", "low", "high", "chance", "n", "note"]]
     return pd.DataFrame(dict(metric=metric, overall=label == "", **columns))
+
+# %% ../../nbs/9_tasks/02_retrieval.ipynb #d2011917
+def precision_names(options: RetrievalOptions) -> list[str]:
+    "Metrics of precision by class"
+    return [f"P@{k}" for k in options.precision_ks]
+
+
+def recall_names(options: RetrievalOptions) -> list[str]:
+    "Metrics of recall"
+    return [f"{way} R@{k}" for way in ("image to report", "report to image") for k in options.recall_ks]
