@@ -68,7 +68,7 @@ def train(folder, run, method="convirt", minutes=5.0, seed=0):
 
     torch.set_num_threads(1)
     folder = Path(folder)
-    studies = {s: load_studies(folder / "prepared", s, paired=True) for s in ("train", "val")}
+    studies = {s: load_studies(folder / "prepared", s, ["findings"]) for s in ("train", "val")}
     tokenizer = build_tokenizer(studies["train"], ["findings"], 100)
     image = dict(mpma=VIT, adamatch=PVT).get(method, RESNET)
     set_seed(seed)

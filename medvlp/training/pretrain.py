@@ -6,12 +6,13 @@
 __all__ = ['AugmentOptions', 'PretrainOptions', 'MethodTrainer', 'training_arguments', 'check_trainable', 'pretrain',
            'pretrain_stage', 'main']
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #0a6304ac
+# %% ../../nbs/8_training/01_pretrain.ipynb #a4f38cab
 import argparse
 import os
 import shutil
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,8 @@ from transformers.utils import logging
 
 from ..data.batches import AddressedSampling, Collate, StudyDataset, resolve_device, resolve_workers
 from ..data.images import eval_transform, train_transform
-from ..data.prepare import check_writable, load_sets
+from ..data.prepare import check_writable, count_pairs, load_sets
+from ..data.studies import SPLITS
 from ..data.tokens import build_tokenizer
 from ..encoders.image import ImageEncoderOptions
 from ..encoders.text import TextEncoderOptions
@@ -170,7 +172,7 @@ def _optimizer(options):
 
     return Lamb, dict(lr=options.learning_rate, always_adapt=True, max_grad_norm=None)
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #2f15ae39
+# %% ../../nbs/8_training/01_pretrain.ipynb #292874b3
 def check_trainable(
     manifests: list[dict],  # of the prepared sets to train on
     options: PretrainOptions,  # of one method
@@ -180,24 +182,33 @@ def check_trainable(
     "`ConfigError` if a method cannot be trained on the prepared sets; it says why, and what helps"
     if not options.epochs:
         return
-    splits = [split for manifest in manifests for split in manifest["splits"].items()]
-    n_train, n_val = (sum(counts["pairs"] for split, counts in splits if split == name) for name in ("train", "val"))
-    problems = [_too_few(splits)] if n_train < 2 else _problems(options, n_train, n_val, model)
+    n_train, n_val = (_add_up(manifests, options.sections, [split])["used"] for split in ("train", "val"))
+    problems = [_too_few(manifests, options.sections)] if n_train < 2 else _problems(options, n_train, n_val, model)
     if problems:
         raise ConfigError(*(f"{where}: {problem}" for problem in problems))
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #34226243
-def _too_few(splits):
-    "Why there are fewer than two pairs to train on, from [(split, its counts)]"
-    total = {key: sum(counts[key] for _, counts in splits) for key in ("studies", "patients", "pairs")}
-    train = {key: sum(counts[key] for split, counts in splits if split == "train") for key in ("studies", "pairs")}
-    if not total["pairs"]:
-        return f"none of the {total['studies']} studies has a report to train on: name a set with reports"
+# %% ../../nbs/8_training/01_pretrain.ipynb #9fd604db
+def _add_up(manifests, sections, splits):
+    "Studies, patients, pairs, and those `used` for their sections, of these splits"
+    total = Counter()
+    for manifest, split in product(manifests, splits):
+        total.update(manifest["splits"].get(split, {}))
+        total["used"] += count_pairs(manifest, split, sections)
+    return total
+
+
+def _too_few(manifests, sections):
+    "Why there are fewer than two pairs to train on"
+    total, train = (_add_up(manifests, sections, splits) for splits in (SPLITS, ["train"]))
+    report = f"text under {sections[0]}" if len(sections) == 1 else "a report"
+    if not total["used"]:
+        remedy = "change the option sections" if total["pairs"] else "name a set with reports"
+        return f"none of the {total['studies']} studies has {report} to train on: {remedy}"
     if total["patients"] == 1:
         return f"all {total['studies']} studies are of one patient and so in one split: more patients are needed"
     if not train["studies"]:
         return "no study is in the training split: see the column split, or the options fractions and seed of the set"
-    found = f"of the {train['studies']} training studies {train['pairs'] or 'none'} has a report, and 2 are needed"
+    found = f"of the {train['studies']} training studies {train['used'] or 'none'} has {report}, and 2 are needed"
     return f"{found}: add reports or training patients"
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #4b640810
@@ -237,11 +248,11 @@ def _fit_batch(options, n_train):
         print(f"batch size {options.batch_size} -> {size}: there are {n_train} training pairs")
     return options.model_copy(update=dict(batch_size=size))
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #08eb581a
+# %% ../../nbs/8_training/01_pretrain.ipynb #c1e8fc81
 def pretrain(
     model,  # of methods.base, freshly built after set_seed
     tokenizer,  # of data.tokens
-    studies: dict,  # {"train", "val"}: paired studies
+    studies: dict,  # {"train", "val"}: studies with text in the sections of the options
     options: PretrainOptions,
     *,
     seed: int,
@@ -301,13 +312,13 @@ def _save(trainer, tokenizer, output):
     trainer.model.to("cpu", memory_format=torch.contiguous_format).save_pretrained(output)
     tokenizer.save_pretrained(output)
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #6921a9b9
+# %% ../../nbs/8_training/01_pretrain.ipynb #f37577dd
 def pretrain_stage(
     stage,  # of project.stage
 ) -> Trainer:
     "What the pipeline's stage `pretrain` does"
     options, folders = stage.parse(PretrainOptions), stage.inputs["prepared"]
-    studies = {split: load_sets(folders, split, paired=True) for split in ("train", "val")}
+    studies = {split: load_sets(folders, split, options.sections) for split in ("train", "val")}
     readable = studies["train"] if len(studies["train"]) else load_sets(folders, "train")
     text = options.text_encoder
     tokenizer = build_tokenizer(readable, options.sections, options.vocab_size, text.name)
@@ -315,6 +326,7 @@ def pretrain_stage(
     image = options.image_encoder.model_dump()
     model = build_method(options.method, image, text.model_dump(), len(tokenizer), **options.options)
     sizes = f"{len(studies['train'])} pairs to train on, {len(studies['val'])} to validate"
+    sizes += f" (images with {' or '.join(options.sections)})"
     print(f"{stage.method}: {model.num_parameters():,} parameters; {sizes}")
     outputs = stage.outputs
     folders = dict(output=outputs["model"], curves=outputs["curves"], checkpoints=outputs["checkpoints"])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['imagefolder']
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #5c5fb880
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #12cf75cc
 import json, re
 from pathlib import Path
 import pandas as pd
@@ -17,13 +17,13 @@ from medvlp.data.studies import (
     StudyError,
     check_filled,
     check_unique,
-    closest,
     list_columns,
     need_columns,
     place,
     read_table,
     short,
 )
+from ...project.config import closest
 
 # %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #241d43d3
 def _parse_label(text, place):

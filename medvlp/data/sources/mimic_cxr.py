@@ -84,7 +84,7 @@ def _read_rows(folder: Path) -> pd.DataFrame:
 def _study_path(folder, study, patient):
     return folder / "files" / f"p{patient[:2]}" / f"p{patient}" / f"s{study}"
 
-# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #409b4dc1
+# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #53432983
 def mimic_cxr(
     folder: str | Path,  # contains the three tables and files/
 ) -> pd.DataFrame:  # canonical columns, then those of the split and metadata tables; one row per image
@@ -112,6 +112,7 @@ def mimic_cxr(
     studies = studies[[*COLUMNS, *(c for c in rows if c not in COLUMNS)]]
     studies.attrs = rows.attrs | dict(
         title="MIMIC-CXR",
+        label_policy=dict(blank="absent"),
         keys=dict(study_id="dicom_id", patient_id="subject_id"),
         image_path=f"{folder} / files / pNN / pSUBJECT / sSTUDY / DICOM.jpg",
     )
