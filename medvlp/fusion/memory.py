@@ -34,7 +34,7 @@ def cross_attend(
     ignored = None if mask is None else key_padding_mask(mask)
     return attention(queries, others, others, key_padding_mask=ignored, need_weights=False)[0]
 
-# %% ../../nbs/5_fusion/00_memory.ipynb #4110800b
+# %% ../../nbs/5_fusion/00_memory.ipynb #9a5dbdf5
 KINDS = ("text", "gap", "gmp", "cmf", "ma_cmf")
 
 
@@ -67,9 +67,9 @@ class Fusion(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # tokens [B,T,D], 0 on padding; mask [B,T] bool; T = N + L for cmf and ma_cmf, else L
         _check_tokens(patches, words, mask)
         if self.kind == "text":
-            return mask_padding(words, mask), mask
+            return torch.zeros_like(words), mask
         if self.kind in ("gap", "gmp"):
-            return mask_padding(words + self._pooled(patches), mask), mask
+            return mask_padding(self._pooled(patches).expand_as(words), mask), mask
         return torch.cat(self.attend(patches, words, mask), 1), torch.cat([mask.new_ones(patches.shape[:2]), mask], 1)
 
 # %% ../../nbs/5_fusion/00_memory.ipynb #c369c617

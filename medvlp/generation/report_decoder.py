@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..fusion.memory import key_padding_mask
 from ..losses.ops import mask_padding
 
-# %% ../../nbs/6_generation/01_report_decoder.ipynb #bd819c96
+# %% ../../nbs/6_generation/01_report_decoder.ipynb #3e057079
 class ReportDecoder(nn.Module):
     "Scores of vocabulary tokens for each position of a masked report (MPMA, section III-B)"
 
@@ -41,10 +41,8 @@ class ReportDecoder(nn.Module):
         self._initialise()
 
     def _initialise(self):
-        "Small embeddings, sinusoidal positions, no contribution of the image yet"
+        "Small embeddings, sinusoidal positions"
         nn.init.normal_(self.pieces.weight, std=0.1)
-        for layer in self.layers:
-            nn.init.zeros_(layer.multihead_attn.out_proj.weight)
         with torch.no_grad():
             length, width = self.places.weight.shape
             self.places.weight.copy_(0.1 * build_sincos2d_pos_embed([length], 2 * width))
@@ -66,10 +64,11 @@ class ReportDecoder(nn.Module):
         self,
         embedded: Tensor,  # [B,T,D] of `embed`
         mask: Tensor,  # [B,T] bool, True for tokens of the report
-        tokens: Tensor,  # [B,S,D] of the fusion
+        tokens: Tensor,  # [B,S,D] C of the fusion, whose last T tokens stand for the report's
         real: Tensor,  # [B,S] bool, True where a fused token is not padding
     ) -> Tensor:  # [B,T,V] logits
-        x, tokens = mask_padding(embedded, mask), mask_padding(tokens, real)
+        tokens = mask_padding(tokens, real)
+        x = mask_padding(embedded, mask) + tokens[:, -embedded.shape[1] :]
         ignored = dict(tgt_key_padding_mask=key_padding_mask(mask), memory_key_padding_mask=key_padding_mask(real))
         for layer in self.layers:
             x = layer(x, tokens, **ignored)

@@ -24,7 +24,7 @@ from ..losses.ops import at_least_float32, masked_softmax
 from ..losses.ops import similarity as cosines
 from .base import MethodOptions, TokenMethod
 
-# %% ../../nbs/7_methods/06_mpma.ipynb #4e71ccfb
+# %% ../../nbs/7_methods/06_mpma.ipynb #5ce346ea
 _Ratio = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -39,8 +39,8 @@ class MpmaOptions(MethodOptions):
     vision: Literal["full", "visible"] = Field(
         "full", description="patches that words are predicted from: all (Fig. 2) or the visible ones (Eq. 5)"
     )
-    fusion: Literal["gap", "gmp", "cmf", "ma_cmf"] = Field(
-        "ma_cmf", description="of patches and words (Table V): pooling, cross-attention, the same with memory"
+    fusion: Literal["text", "gap", "gmp", "cmf", "ma_cmf"] = Field(
+        "ma_cmf", description="of patches and words: none, pooling, cross-attention, the same with memory (Table V)"
     )
     slots: PositiveInt = Field(16, description="slots of each memory of ma_cmf")
     heads: PositiveInt = Field(
@@ -59,7 +59,7 @@ class MpmaOptions(MethodOptions):
         1.0, description="T, epoch at which the alignment has its full weight; 0: at once"
     )
 
-# %% ../../nbs/7_methods/06_mpma.ipynb #b40346ac
+# %% ../../nbs/7_methods/06_mpma.ipynb #266572de
 class Mpma(TokenMethod):
     "Paired masking of images and reports, with alignment (MPMA)"
 
@@ -80,6 +80,8 @@ class Mpma(TokenMethod):
         self.image_decoder = ImageDecoder(width, embed.grid_size, self.patch_size, **decoder)
         self.patch_norm = nn.BatchNorm1d(width, affine=False)
         self.fusion = Fusion(o.fusion, width, o.heads, o.slots)
+        if o.fusion in ("cmf", "ma_cmf"):
+            self.capabilities = self.capabilities | {"fusion"}  # other tasks can start from it
         self.report_decoder = ReportDecoder(
             text["vocab_size"], width, max_tokens=max_tokens, depth=o.decoder_layers, heads=o.heads
         )
