@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['class_attention', 'ImageEncoderOptions', 'image_config', 'ImageEncoder']
 
-# %% ../../nbs/3_encoders/01_image.ipynb #25f9bfcb
+# %% ../../nbs/3_encoders/01_image.ipynb #fc9b4618
 import difflib
 import json
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import timm
 from fastcore.basics import patch
 from pydantic import Field, PositiveInt
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from .adapatch import adapt_weights, pop_boxes, use_adapatch
@@ -33,7 +34,7 @@ def class_attention(
     weights = (q * attention.scale @ k.transpose(-2, -1)).softmax(-1).mean(1)[:, 0, prefix:]
     return weights / weights.sum(-1, keepdim=True)
 
-# %% ../../nbs/3_encoders/01_image.ipynb #7bd876e9
+# %% ../../nbs/3_encoders/01_image.ipynb #08a60a2d
 class ImageEncoderOptions(Options):
     "The image encoder, as in params.yaml"
 
@@ -43,7 +44,9 @@ class ImageEncoderOptions(Options):
     pretrained: bool = Field(False, description="start from the published weights")
     image_size: PositiveInt = Field(224, description="side of the square image, in pixels")
     in_chans: PositiveInt = Field(1, description="input channels; 3 for weights trained on colour: grey is repeated")
-    saliency: bool = Field(False, description="also return the class token's attention; a ViT only")
+    saliency: bool = Field(
+        False, description="also return the class token's attention; a ViT only. A method that needs it sets this"
+    )
     patch_stride: PositiveInt | None = Field(
         None, description="pixels per patch; selects the stage of a convolutional net or pyramid; null: the last stage"
     )
@@ -85,7 +88,7 @@ def _end_at(net, stage):
     net.prune_intermediate_layers([stage])
     net.reset_classifier(0, "avg")
 
-# %% ../../nbs/3_encoders/01_image.ipynb #817f6375
+# %% ../../nbs/3_encoders/01_image.ipynb #c21ce028
 class ImageEncoder(nn.Module):
     "A timm network that returns `ImageFeatures`; `dim` is the width of its image vector, `patch_dim` of its patches"
 
@@ -110,20 +113,18 @@ class ImageEncoder(nn.Module):
         self.dim, self.in_chans, self.adapatch = self.net.num_features, in_chans, list(adapatch)
         self.mean, self.std = ([sum(v) / len(v)] if in_chans == 1 else list(v) for v in (mean, std))
         self.prefix = getattr(self.net, "num_prefix_tokens", 0)
-        self.saliency, self.stage = saliency, self._find_stage(name, patch_stride)
+        self.saliency, self.stage = False, self._find_stage(name, patch_stride)
         self.patch_dim = self.dim if self.stage is None else self._stages()[self.stage]["num_chs"]
         self.last = self.stage if prune else None
         if self.last is not None:
             _end_at(self.net, self.last)
             self.stage, self.dim = None, self.patch_dim
-        if saliency and not self.has_class_token:
-            problem = f"image encoder {name!r} has no class token, and so no saliency"
-            raise ValueError(f"{problem}. Set image_encoder.saliency: false, or choose a ViT.")
+        if saliency:
+            self.return_saliency()
 
     @property
     def has_class_token(self) -> bool:
-        "Whether the network could return saliency"
-        return bool(self.prefix) and hasattr(self.net, "blocks")
+        return getattr(self.net, "cls_token", None) is not None
 
     @property
     def has_boxes(self) -> bool:
@@ -157,6 +158,18 @@ def _find_stage(
 def _stage_number(self: ImageEncoder) -> int:
     "The stage that patches come from, counted from 1"
     return len(self.net.stages) if self.stage is None else self.stage + 1
+
+# %% ../../nbs/3_encoders/01_image.ipynb #afc17cbb
+@patch
+def return_saliency(self: ImageEncoder):
+    "Return the class token's attention from now on; `ValueError` for a network without one that can be read"
+    last = self.net.blocks[-1] if hasattr(self.net, "blocks") else None
+    if not (self.has_class_token and isinstance(getattr(last, "attn", None), Attention)):
+        name = self.net.pretrained_cfg["architecture"]
+        missing = "attention of the kind that is read here" if self.has_class_token else "class token"
+        remedy = "Choose a ViT, or do without: image_encoder.saliency: false, and token_weights: uniform in mgca."
+        raise ValueError(f"image encoder {name!r} has no {missing}, and so no saliency. {remedy}")
+    self.saliency = True
 
 # %% ../../nbs/3_encoders/01_image.ipynb #abfd5ba0
 @patch

@@ -17,7 +17,7 @@ from ..data.tokens import pool_words, resolve_name, word_mask
 from .features import TextFeatures
 from ..project.config import Options, did_you_mean
 
-# %% ../../nbs/3_encoders/02_text.ipynb #549dd228
+# %% ../../nbs/3_encoders/02_text.ipynb #03fc62c1
 class TextEncoderOptions(Options):
     "The text encoder, as in params.yaml"
 
@@ -29,7 +29,9 @@ class TextEncoderOptions(Options):
         "mean", description="the report's vector: the class token, or the mean of its pieces"
     )
     layers: PositiveInt = Field(1, description="number of last layers that are averaged")
-    saliency: bool = Field(False, description="also return the class token's attention")
+    saliency: bool = Field(
+        False, description="also return the class token's attention; a method that needs it sets this"
+    )
     options: dict[str, Any] = Field(
         {}, description="of transformers' configuration, e.g. hidden_size; only without a name"
     )
@@ -60,11 +62,9 @@ def text_config(
             raise ValueError(f'text_encoder.options: {kind} has no option "{key}": {did_you_mean(key, known)}')
     return AutoConfig.for_model(kind, vocab_size=vocab_size, **options).to_dict()
 
-# %% ../../nbs/3_encoders/02_text.ipynb #edf5429a
+# %% ../../nbs/3_encoders/02_text.ipynb #bfb0f491
 class TextEncoder(nn.Module):
     "A BERT-like network that returns `TextFeatures`; `dim` is its width D"
-
-    has_class_token = True  # as in ImageEncoder: whether the network could return saliency
 
     def __init__(
         self,
@@ -85,7 +85,8 @@ class TextEncoder(nn.Module):
         self.net.pooler = None  # a head for another task; unused weights would stall distributed training
         if saliency and self.net.device.type != "meta" and not _returns_attention(self.net):
             problem = f"text encoder: {config.model_type} returns no attention, and so no saliency"
-            raise ValueError(f"{problem}. Choose a BERT-like encoder, or set text_encoder.saliency: false.")
+            remedy = "Choose a BERT-like encoder, or do without: saliency: false, and token_weights: uniform in mgca."
+            raise ValueError(f"{problem}. {remedy}")
 
     def load_pretrained(
         self,

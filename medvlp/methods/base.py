@@ -67,7 +67,7 @@ def projection(
     "Each feature to mean 0 and standard deviation 1 over the batch; then linear, ReLU, linear"
     return nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
 
-# %% ../../nbs/7_methods/00_base.ipynb #7366518c
+# %% ../../nbs/7_methods/00_base.ipynb #76d9b3cd
 _METHODS = {}  # name: class, filled as modules are imported
 
 
@@ -77,7 +77,7 @@ class Method(PreTrainedModel):
     name = ""
     Options = MethodOptions
     capabilities: frozenset[str] = frozenset()
-    needs_saliency = False  # whether its losses weight tokens by the encoders' saliency
+    needs_saliency = False  # whether its losses weight tokens by the saliency that its encoders then return
 
     config_class = MethodConfig
     main_input_name = "images"
@@ -93,21 +93,15 @@ class Method(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.options = validate(self.Options, config.options, f"method {self.name}: options")
-        self.image_encoder, self.text_encoder = ImageEncoder(**config.image), TextEncoder(**config.text)
-        if self.needs_saliency:
-            self._check_saliency()
+        wanted = dict(saliency=True) if self.needs_saliency else {}
+        self.image_encoder, self.text_encoder = ImageEncoder(**config.image), TextEncoder(**config.text | wanted)
+        if self.needs_saliency and self.image_encoder.has_class_token:
+            self.image_encoder.return_saliency()
         if self.image_encoder.has_boxes:
             self.capabilities = self.capabilities | {"adaptive_patches"}
         self.image_projection = projection(self.image_encoder.dim, self.options.dim)
         self.text_projection = projection(self.text_encoder.dim, self.options.dim)
         self.post_init()
-
-    def _check_saliency(self):
-        "Saliency must come from every encoder that can return it"
-        for key, encoder in (("image_encoder", self.image_encoder), ("text_encoder", self.text_encoder)):
-            if encoder.has_class_token and not encoder.saliency:
-                problem = f"method {self.name} weights tokens by saliency, which this {key} could return but does not"
-                raise ValueError(f"{problem}. Set {key}.saliency: true.")
 
     def _init_weights(self, module):
         "timm, transformers and torch initialise their parts; only buffers that checkpoints leave out are refilled"

@@ -18,7 +18,7 @@ from ..losses.prototypes import Prototypes
 from ..losses.tokenwise import CrossAttention, cross_token_alignment
 from .base import MethodOptions, TokenMethod
 
-# %% ../../nbs/7_methods/02_mgca.ipynb #c9f35383
+# %% ../../nbs/7_methods/02_mgca.ipynb #073bed6d
 class MgcaOptions(MethodOptions):
     "Options of MGCA"
 
@@ -32,7 +32,7 @@ class MgcaOptions(MethodOptions):
     epsilon: PositiveFloat = Field(0.05, description="entropy weight of Sinkhorn; smaller gives harder assignments")
     iterations: PositiveInt = Field(3, description="iterations of Sinkhorn")
     token_weights: Literal["saliency", "uniform"] = Field(
-        "saliency", description="of patches and words in the local term; uniform needs no saliency from the encoders"
+        "saliency", description="of patches and words in the local term: the class token's attention, or all the same"
     )
     attention: Literal["learned", "cosine"] = Field(
         "learned", description="learned: Eq. 4; cosine: softmax of cosines, as in the released code"
