@@ -7,6 +7,7 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import datasets, numpy as np, pytest, torch
+from pandas.testing import assert_frame_equal
 from PIL import Image
 from transformers import set_seed
 
@@ -15,7 +16,8 @@ from medvlp.data.tokens import train_tokenizer
 from medvlp.generation.reporter import Reporter
 from medvlp.methods.base import build_method
 from medvlp.project.config import ComputeOptions
-from medvlp.tasks.answer import AnswerModel, AnswerOptions, answer_vocabulary, question_table, train_answer_model
+from medvlp.tasks.answer import AnswerModel, AnswerOptions, answer, answer_vocabulary, question_table
+from medvlp.tasks.answer import train_answer_model
 from medvlp.tasks.finetune import Classifier, FinetuneOptions, finetune
 from medvlp.tasks.probe import label_frame
 from medvlp.tasks.report import ReportOptions, train_reporter
@@ -141,6 +143,36 @@ def test_crashed_run_stops_as_early_as_a_whole_one(tmp_path, monkeypatch):
             train("classifier", tmp_path / "crashed", **options)
     assert_equal(train("classifier", tmp_path / "crashed", **options), uninterrupted)
     assert steps[0] < 28 and steps == [steps[0]] * 2
+
+
+@pytest.mark.parametrize("kind", ["classifier", "answer"])
+def test_interrupted_task_keeps_the_trainings_it_has_finished(kind, tmp_path, monkeypatch):
+    steps = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        steps.append(state.global_step)
+        if len(steps) == 2:  # the last of them
+            raise KeyboardInterrupt
+
+    whole = run_task(kind, tmp_path / "whole")
+    monkeypatch.setattr(EarlyStopping, "on_train_begin", on_train_begin)
+    with pytest.raises(KeyboardInterrupt):
+        run_task(kind, tmp_path / "interrupted")
+    assert len(list((tmp_path / "interrupted").rglob("*.pt"))) == 1
+    again = run_task(kind, tmp_path / "interrupted")
+    assert len(steps) == 3  # the last one alone was trained again
+    assert_frame_equal(again.table, whole.table)
+    assert not list((tmp_path / "interrupted/checkpoints").iterdir())
+
+
+def run_task(kind, folder):
+    "The whole task: two trainings each"
+    studies, tokenizer, method = make()
+    place = dict(compute=CPU, checkpoints=folder / "checkpoints", output=folder / "model")
+    if kind == "answer":
+        return answer(method, tokenizer, studies, AnswerOptions(**BUDGET, dim=16, n_resamples=10), **place)
+    options = FinetuneOptions(**BUDGET, fractions=[0.5, 1.0], n_resamples=10)
+    return finetune(method, studies, label_frame(studies), options, **place)
 
 
 def test_killed_process_resumes_to_equal_weights(whole, tmp_path):

@@ -8,8 +8,8 @@ __all__ = ['normalise_answer', 'question_table', 'answer_vocabulary', 'split_val
            'train_answer_model', 'answer_logits', 'majority_answers', 'answer_table', 'answer_scores', 'answer',
            'read_answers']
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #a0924e55
-import re, unicodedata
+# %% ../../nbs/9_tasks/08_answer.ipynb #34442090
+import re, shutil, unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -31,7 +31,7 @@ from ..fusion.memory import Fusion
 from ..project.config import ComputeOptions, ConfigError, Dropout, Fraction
 from .metrics.intervals import estimate, few_note, join_notes, resample, weighted_mean
 from .metrics.scores import TaskResult, no_result
-from ..training.downstream import DownstreamOptions, Examples, fit, stored_size
+from ..training.downstream import DownstreamOptions, Examples, fit, stage_checkpoints, stored_size
 
 # %% ../../nbs/9_tasks/08_answer.ipynb #2f2ff5ed
 _ARTICLES = {"a", "an", "the"}
@@ -381,7 +381,7 @@ def predict_answers(
         logits = np.where(excluded, -np.inf, logits)
     return np.asarray(answers, dtype=object)[logits.argmax(1)]
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #8ef03419
+# %% ../../nbs/9_tasks/08_answer.ipynb #fabcf3c4
 def train_answer_model(
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is
@@ -393,7 +393,7 @@ def train_answer_model(
     blind: bool = False,  # without the image
     seed: int = 0,
     compute: ComputeOptions = ComputeOptions(),
-    checkpoints: str | Path,  # folder of checkpoints while the training lasts
+    **place,  # checkpoints and keep, see `fit`
 ) -> AnswerModel:  # in evaluation mode
     "Teach new layers on a method's encoders to answer the training questions"
     set_seed(seed)
@@ -408,7 +408,7 @@ def train_answer_model(
         collate=CollateQuestions(tokenizer, options.max_tokens),
         seed=seed,
         compute=compute,
-        checkpoints=checkpoints,
+        **place,
         title="answer without the image" if blind else "answer",
     )
 
@@ -523,7 +523,7 @@ def _parts(table, answers):
     kept = {name: (table.split == name) & (known | (name == "test")) for name in ("train", "val", "test")}
     return {name: table[rows].sort_values("study", kind="stable") for name, rows in kept.items()}
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #21d7f5b1
+# %% ../../nbs/9_tasks/08_answer.ipynb #45630d61
 def answer(  # noqa: F811, the method of AnswerModel has the same name
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is
@@ -544,13 +544,15 @@ def answer(  # noqa: F811, the method of AnswerModel has the same name
     table = split_validation(table, options.val_fraction, seed)
     answers = answer_vocabulary(table.answer[table.split == "train"], options.min_count)
     parts, found = _parts(table, answers), {}
-    place = dict(seed=seed, compute=compute, checkpoints=checkpoints)
+    folder = stage_checkpoints(checkpoints, output)
+    place = dict(seed=seed, compute=compute, checkpoints=folder, keep=True)
     for name, blind in (("blind", True), ("given", False)):
         trained = train_answer_model(model, tokenizer, studies, parts, answers, options, blind=blind, **place)
         workers = resolve_workers(compute.workers, trained.device.type)
         logits = answer_logits(trained, studies, parts["test"], workers=workers)
         found[name] = predict_answers(logits, answers, parts["test"].closed, options.yes_no)
     trained.save_pretrained(output)
+    shutil.rmtree(folder)
     answered = parts["test"].assign(**found)
     answered.to_csv(output / "answers.csv", index=False)
     result = answer_table(answered, parts["train"], options.n_resamples)
