@@ -77,7 +77,9 @@ def figures_of(name, runs, folder):
     rows = [row if labels else {k: v for k, v in row.items() if k != "labels"} for row in SETS[name]]
     datasets.Dataset.from_list(rows, features=study_features(labels)).save_to_disk(folder)
     title = f"a set of {name}" if "long" not in name else NAME * 4
-    (folder / "manifest.json").write_text(json.dumps(dict(title=title)))
+    (folder / "manifest.json").write_text(
+        json.dumps(dict(title=title, label_policy=dict(blank="unknown", uncertain="dropped")))
+    )
     found = {}
     for figure, fig in all_figures(runs, folder, OPTIONS):
         if name in CROWDED:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'all_figures', 'draw_all']
 
-# %% ../../nbs/figures/10_sheets.ipynb #f2f2de86
+# %% ../../nbs/figures/10_sheets.ipynb #ce3d240e
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +24,14 @@ from .reconstruction import plot_reconstructions, reconstructions
 from .samples import different_patients, sample_sheet
 from .style import FigureOptions, message_figure, save
 from .thresholds import GATES, plot_thresholds
-from .tsne import plot_tsne_by_class, plot_tsne_by_method, prototype_class, study_class, tsne
+from .tsne import plot_tsne_by_class, plot_tsne_by_method, prototype_class
+from .tsne import studies_to_map, study_class, tsne
 from ..methods.base import load_method
 from ..project.config import ComputeOptions
 from ..tasks.embed import image_embeddings, text_embeddings
-from ..tasks.probe import label_frame
+from ..tasks.probe import label_frame, policy_text
 
-# %% ../../nbs/figures/10_sheets.ipynb #213d2818
+# %% ../../nbs/figures/10_sheets.ipynb #81f1cfd5
 class Run(NamedTuple):
     "A trained method and where it lies"
 
@@ -47,6 +48,7 @@ class _Data(NamedTuple):
     "What the figures take from a prepared set"
 
     title: str
+    policy: str  # what blank and uncertain labels count as; empty without labels
     split: str  # "test ", or empty for a set that divides its questions, not its studies
     studies: Any  # of this split
     labels: pd.DataFrame  # [N,K] of these
@@ -55,18 +57,20 @@ class _Data(NamedTuple):
 
 def _read_data(prepared, labels):
     "The studies to show: those of the test split, or all where there is none"
-    title, studies, split = read_manifest(prepared)["title"], load_studies(prepared, "test"), "test "
+    manifest, studies, split = read_manifest(prepared), load_studies(prepared, "test"), "test "
     if not len(studies):
         studies, split = load_studies(prepared), ""
     pairs = np.flatnonzero(studies["paired"][:]).tolist() if split else []
-    return _Data(title, split, studies, label_frame(studies, labels), pairs)
+    known = label_frame(studies, labels)
+    policy = policy_text(manifest["label_policy"]) if len(known.columns) else ""
+    return _Data(manifest["title"], policy, split, studies, known, pairs)
 
 
 def _first_studies(studies, n):
     "The first studies, of different patients where there are enough"
     return studies.select(different_patients(studies["patient_id"][:], n))
 
-# %% ../../nbs/figures/10_sheets.ipynb #5018ef7e
+# %% ../../nbs/figures/10_sheets.ipynb #15f0634b
 class _Model(NamedTuple):
     "A loaded run, with all that its figures share"
 
@@ -74,6 +78,7 @@ class _Model(NamedTuple):
     net: Any
     tokenizer: Any
     title: str  # the method and the set
+    policy: str  # as in `_Data`
     studies: Any  # those with a report, or all where no study has one
     labels: pd.DataFrame  # of these
     embeddings: Any  # of their images
@@ -92,7 +97,7 @@ def _load(run, data, compute):
     rows = data.pairs or list(range(len(data.studies)))
     shown = data.studies.select(rows), data.labels.iloc[rows].reset_index(drop=True), embeddings[rows]
     title = f"{run.method}, {data.title}"
-    return _Model(run, net, tokenizer, title, *shown, bool(data.pairs), reading, loading), features
+    return _Model(run, net, tokenizer, title, data.policy, *shown, bool(data.pairs), reading, loading), features
 
 # %% ../../nbs/figures/10_sheets.ipynb #e894c655
 def _word_figures(m, options, labels):
@@ -113,7 +118,7 @@ def _word_figures(m, options, labels):
         reason = "no finding that these reports name has a box"
         yield f"regions-{m.run.method}", message_figure(f"{m.title}: {reason}.")
 
-# %% ../../nbs/figures/10_sheets.ipynb #8380289c
+# %% ../../nbs/figures/10_sheets.ipynb #97e891dd
 def _prototype_figures(m, options):
     "The studies by prototype, and the most frequent prototypes"
     scores, texts, reports = prototype_scores(m.net, m.embeddings), None, []
@@ -130,11 +135,17 @@ def _cluster_map(m, assigned, options):
     "The studies by label and by prototype"
     if len(m.studies) < 5:
         return message_figure(f"{m.title}: t-SNE takes 5 studies, and there are {len(m.studies)}.")
-    points = tsne(m.embeddings.float().cpu().numpy(), options.perplexity, options.seed)
-    colours = {"by prototype": prototype_class(assigned)}
+    rows, which = studies_to_map(m.labels, seed=options.seed)
+    points = tsne(m.embeddings[rows].float().cpu().numpy(), options.perplexity, options.seed)
+    colours = {"by prototype": prototype_class(assigned[rows])}
     if len(m.labels.columns):
-        colours = {"by label": study_class(m.labels.to_numpy(), list(m.labels))} | colours
-    return plot_tsne_by_class(points, colours, title=m.title)
+        colours = {"by label": study_class(m.labels.to_numpy()[rows], list(m.labels))} | colours
+    return plot_tsne_by_class(points, colours, title=_map_title(m, which))
+
+
+def _map_title(shown, which):
+    "Method or set, the studies, and what their labels mean"
+    return "; ".join(filter(None, [f"{shown.title}: {which}", shown.policy]))
 
 # %% ../../nbs/figures/10_sheets.ipynb #e78cab54
 def _model_figures(m, options, labels):
@@ -149,7 +160,7 @@ def _model_figures(m, options, labels):
         found = reconstructions(m.net, m.tokenizer, _first_studies(m.studies, n), n, seed=options.seed, **m.reading)
         yield f"reconstruction-{m.run.method}", plot_reconstructions(**found, title=m.title)
 
-# %% ../../nbs/figures/10_sheets.ipynb #85fc571d
+# %% ../../nbs/figures/10_sheets.ipynb #a4fe7c31
 def _curve_figures(runs, with_thresholds):
     "Training curves, and the thresholds of the methods that have these"
     logged = {r.run: r.curves for r in runs if any(Path(r.curves).rglob("plots/metrics/**/*.tsv"))}
@@ -168,8 +179,10 @@ def _map_figure(features, data, options):
     n = len(data.studies)
     if n < 5:
         return message_figure(f"{data.title}: t-SNE takes 5 studies, and there are {n} {data.split}studies.")
-    points = {method: tsne(x, options.perplexity, options.seed) for method, x in features.items()}
-    return plot_tsne_by_method(points, study_class(data.labels.to_numpy(), list(data.labels)), title=data.title)
+    rows, which = studies_to_map(data.labels, seed=options.seed)
+    points = {method: tsne(x[rows], options.perplexity, options.seed) for method, x in features.items()}
+    classes = study_class(data.labels.to_numpy()[rows], list(data.labels))
+    return plot_tsne_by_method(points, classes, title=_map_title(data, which))
 
 # %% ../../nbs/figures/10_sheets.ipynb #a5e216ac
 def all_figures(
