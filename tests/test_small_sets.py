@@ -14,7 +14,7 @@ from medvlp.data.prepare import png, study_features
 from medvlp.data.tokens import train_tokenizer
 from medvlp.methods.base import build_method
 from medvlp.project.config import ComputeOptions, ConfigError
-from medvlp.tables.scoreboard import save_scoreboard, scoreboard
+from medvlp.tables.scoreboard import metric_problems, save_scoreboard, scoreboard
 from medvlp.tasks.answer import AnswerOptions, answer
 from medvlp.tasks.equal import EqualOptions
 from medvlp.tasks.evaluate import EvaluateOptions, _prompts, evaluate
@@ -215,6 +215,12 @@ def test_without_reports_the_equal_set_is_of_all_test_studies(mpma, options):
     assert scores.n["equal-classes AUROC 1 %"] == scores.n["equal-classes which accuracy"] == 4
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_every_metric_has_a_name_that_the_options_announce(name, results, options):
+    found = [[task, metric] for task, result in results(name).items() for metric in result.scores.metric]
+    assert metric_problems(found, dict(evaluate=options)) == []
+
+
 TRAINING = dict(epochs=1, min_steps=1, batch_size=4, patience=1, n_resamples=20)
 TRAINED = {
     "finetune": FinetuneOptions(fractions=[0.01, 0.1], **TRAINING),
@@ -247,6 +253,7 @@ def test_a_task_that_trains_gives_a_reason_or_a_note(name, task, trained):
     assert bool(reason) == (not len(scores)) and "\n" not in reason
     assert not len(scores[scores.value.isna() & (scores.note == "")]) and scores.metric.is_unique
     assert not scores.note.str.contains("Film").any() and "Film" not in reason
+    assert metric_problems([[task, metric] for metric in scores.metric], {task: TRAINED[task]}) == []
 
 
 def test_few_studies_are_noted_and_marked(results, trained, tmp_path):

@@ -7,18 +7,21 @@ __all__ = ['TaskMetric', 'METRICS', 'COLUMN', 'GROUPS', 'ScoreboardOptions', 'me
            'mark_best', 'select', 'wide_table', 'caption', 'plot_scoreboard', 'Scoreboard', 'scoreboard', 'to_markdown',
            'save_scoreboard']
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #975eb228
+# %% ../../nbs/tables/00_scoreboard.ipynb #f257ae0a
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, NamedTuple
 import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from pydantic import Field, NonNegativeInt
 from ..figures.style import PALETTE, figure_style, message_figure, save
 from ..project.config import Fraction, Options, did_you_mean
+from ..tasks.equal import EQUAL
 from ..tasks.metrics.intervals import Estimate, has_few
 from ..tasks.metrics.scores import SCORES, load_scores, save_metrics
+from ..tasks.probe import policy_text
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #411fd946
+# %% ../../nbs/tables/00_scoreboard.ipynb #422ae7a7
 TaskMetric = Annotated[list[str], Field(min_length=2, max_length=2)]
 METRICS = [
     ["probe", "AUROC 1 %"],
@@ -28,10 +31,12 @@ METRICS = [
     ["retrieval", "report to image R@5"],
     ["zero_shot", "AUROC"],
     ["pointing", "hit rate"],
+    ["reconstruction", "gain by the image: finding words"],
     ["finetune", "AUROC 1 %"],
     ["finetune", "AUROC 10 %"],
     ["finetune", "AUROC 100 %"],
     ["report", "finding F1"],
+    ["report", "finding F1 over nearest"],
     ["report", "CIDEr"],
     ["answer", "accuracy"],
 ]
@@ -48,35 +53,22 @@ class ScoreboardOptions(Options):
     alpha: Fraction = Field(0.05, description="significance level of the paired t-test that prints a value in bold")
     digits: NonNegativeInt = Field(2, description="decimal places")
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #0e0da2ab
-def _measured(tasks):
-    "{task: [metric]}, without what may stand before or after a metric's name"
-    evaluate, finetune = tasks["evaluate"], tasks["finetune"]
-    ways = [f"{way} R@{k}" for way in ("image to report", "report to image") for k in evaluate.retrieval.recall_ks]
-    return dict(
-        probe=[f"AUROC {100 * f:g} %" for f in evaluate.probe.fractions],
-        retrieval=[*ways, *(f"P@{k}" for k in evaluate.retrieval.precision_ks)],
-        zero_shot=["AUROC", "accuracy", "F1"],
-        pointing=["hit rate", "gain on best place", "gain on fixed patch", "box IoU"],
-        reconstruction=["word accuracy", "gain by the image", "pixel error"],
-        finetune=[f"{name} {100 * f:g} %" for f in finetune.fractions for name in ("AUROC", "accuracy")],
-        report=[*(f"BLEU-{n}" for n in range(1, 5)), "METEOR", "ROUGE-L", "CIDEr"]
-        + ["finding precision", "finding recall", "finding F1", "empty"],
-        answer=["accuracy", "gain by the image", "answers not in training"],
-    )
-
-
+# %% ../../nbs/tables/00_scoreboard.ipynb #6ae21eab
 def metric_problems(
     metrics: list[TaskMetric],  # of ScoreboardOptions
-    tasks: dict[str, Options],  # {task: its options}
+    tasks: dict[str, Options],  # {stage: its options}
 ) -> list[str]:  # one line for each task or metric that does not exist
     "What is wrong with the columns of a scoreboard"
-    known, problems = _measured(tasks), []
+    known, problems = {}, []
+    for options in tasks.values():
+        known |= options.metric_names()
     for task, metric in metrics:
+        names = known.get(task, [])
         if task not in known:
             problems.append(f'there is no task "{task}": {did_you_mean(task, known)}')
-        elif not any(f" {name} " in f" {metric} " for name in known[task]):
-            problems.append(f'{task} has no metric "{metric}": {did_you_mean(metric, known[task])}')
+        elif not any(fnmatchcase(metric, name) for name in names):
+            written = [name for name in names if "*" not in name]
+            problems.append(f'{task} has no metric "{metric}": {did_you_mean(metric, written)}')
     return problems
 
 # %% ../../nbs/tables/00_scoreboard.ipynb #be26e5ac
@@ -227,7 +219,7 @@ def _split_columns(
         parts[-1] += columns.index.tolist()
     return [table.iloc[:, part] for part in parts]
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #38a7fb9f
+# %% ../../nbs/tables/00_scoreboard.ipynb #88e8716d
 def _range(values):
     return "–".join(f"{v:.0f}" for v in sorted({min(values), max(values)}))
 
@@ -245,16 +237,36 @@ def _test_studies(summary, data):
     n = summary.n[(summary.data == data) & (summary.task != "answer")]
     return f" ({_range(n)} test studies)" if len(n) else ""
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #a184dfda
+
+def _equal_sets(summary):
+    "What the sets of equal classes hold, by data set; empty where no column is measured on one"
+    held = summary[summary.metric.str.startswith(EQUAL)].drop_duplicates("data").set_index("data").note
+    return "; ".join(f"{data}: {note.split('; ')[0]}" for data, note in held.items())
+
+
+def _policies(labels, sets):
+    "What blank and uncertain labels count as; once if it is the same for all sets"
+    texts = pd.Series({data: policy_text(labels[data]) for data in sets if data in labels}, dtype=object)
+    if texts.nunique() < 2:
+        return "".join(texts.unique())
+    return "; ".join(f"in {', '.join(group.index)}, {text}" for text, group in texts.groupby(texts, sort=False))
+
+# %% ../../nbs/tables/00_scoreboard.ipynb #bec081c7
 def caption(
     summary: pd.DataFrame,  # of `select` and `mark_best`
     titles: dict[str, str],  # of the data sets
     options: ScoreboardOptions,
     trained_on: Iterable[str] = (),  # names of the sets of pre-training
+    labels: dict[str, dict] = {},  # label policies of the data sets
 ) -> str:
     "On which data, with how many studies and seeds, and how to read a cell"
-    sets = [f"**{d}: {titles[d]}**{_test_studies(summary, d)}" for d in titles if d in set(summary.data)]
+    shown = [d for d in titles if d in set(summary.data)]
+    sets = [f"**{d}: {titles[d]}**{_test_studies(summary, d)}" for d in shown]
     text = [f"Data: {'; '.join(sets)}.", f"Training seeds: {_seed_counts(summary)}."]
+    if policies := _policies(labels, shown):
+        text.insert(1, f"Labels: {policies}.")
+    if equal := _equal_sets(summary):
+        text.insert(1, f"Equal classes: {equal}.")
     if known := [f"{d}: {titles[d]}" for d in trained_on]:
         text.insert(0, f"Pre-trained on {'; '.join(known)}.")
     if _few(summary).any():
@@ -339,7 +351,7 @@ def _legend(colours, summary):
         handles.append(plt.Line2D([], [], label="† fewer than ten studies", linestyle="none"))
     return [*handles, plt.Line2D([], [], label="chance", color=".5", linestyle="--", linewidth=1)]
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #a96a9c9c
+# %% ../../nbs/tables/00_scoreboard.ipynb #dc4b6e61
 class Scoreboard(NamedTuple):
     "What `scoreboard` makes of an experiment's results"
 
@@ -357,6 +369,7 @@ def scoreboard(
     seeds: list[int],
     options: ScoreboardOptions = ScoreboardOptions(),
     trained_on: Iterable[str] = (),  # names of the sets of pre-training
+    labels: dict[str, dict] = {},  # label policies of the data sets
 ) -> Scoreboard:
     "The scoreboard of an experiment; what else lies among the results is left out"
     scores = _read(Path(results, experiment), titles, methods, seeds)
@@ -364,7 +377,7 @@ def scoreboard(
     shown = select(summary, options.metrics, titles)
     rows = _method_order(shown, methods, options.baseline)
     if len(shown):
-        text, figure = to_markdown(shown, titles, rows, options, trained_on), plot_scoreboard(shown, rows)
+        text, figure = to_markdown(shown, titles, rows, options, trained_on, labels), plot_scoreboard(shown, rows)
     else:
         where = f"the column note of its files under {Path(results, experiment)} says why"
         text = f"The experiment {experiment} has no scores to show; if it has been run, {where}."
@@ -372,7 +385,7 @@ def scoreboard(
     notes = _notes(scores, methods, seeds, options.metrics) if len(scores) else []
     return Scoreboard("\n\n".join([text, *notes]) + "\n", summary, figure, scores)
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #0d1d99b1
+# %% ../../nbs/tables/00_scoreboard.ipynb #562bc726
 def _read(folder, titles, methods, seeds):
     "The scores of an experiment's current runs"
     try:
@@ -388,6 +401,7 @@ def to_markdown(
     methods: list[str],  # rows, in their order
     options: ScoreboardOptions = ScoreboardOptions(),
     trained_on: Iterable[str] = (),  # names of the sets of pre-training
+    labels: dict[str, dict] = {},  # label policies of the data sets
 ) -> str:
     "Tables of at most ten columns under a heading for each group of tasks, and a caption"
     parts = []
@@ -397,19 +411,24 @@ def to_markdown(
             rows = [m for m in methods if m in set(group.method)]
             tables = _split_columns(wide_table(group, rows, options))
             parts += [f"## {heading}", *(t.to_markdown(disable_numparse=True) for t in tables)]
-    return "\n\n".join([*parts, caption(summary, titles, options, trained_on)])
+    return "\n\n".join([*parts, caption(summary, titles, options, trained_on, labels)])
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #daba8865
+# %% ../../nbs/tables/00_scoreboard.ipynb #356913e3
 def _notes(scores, methods, seeds, metrics):
     "A paragraph on runs and metrics that were expected and are missing"
     notes, found = [], set(zip(scores.method, scores.seed))
     missing = [f"{m}-{seed}" for m in methods for seed in seeds if (m, seed) not in found]
     if missing:
         notes.append(f"No scores of {', '.join(missing)}.")
+    without = {}  # {reason: columns}
     for task, metric in metrics:
-        known = set(scores.metric[scores.task == task])
+        rows = scores[scores.task == task]
+        known, rows = set(rows.metric), rows[rows.metric == metric]
         if known and metric not in known:
             notes.append(f'{task} has no metric "{metric}": {did_you_mean(metric, known)}')
+        elif len(rows) and rows.value.isna().all():
+            without.setdefault(rows.note.iloc[0], []).append(f"{task.replace('_', '-')} {metric}")
+    notes += [f"No value of {', '.join(columns)}: {reason}." for reason, columns in without.items()]
     return [" ".join(notes)] if notes else []
 
 # %% ../../nbs/tables/00_scoreboard.ipynb #9c8a0e52
