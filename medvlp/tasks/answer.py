@@ -361,6 +361,10 @@ class AnswerOptions(DownstreamOptions):
     n_resamples: PositiveInt = Field(1000, description="bootstrap resamples of the test patients")
     examples: PositiveInt = Field(8, description="answers on the sheet")
 
+    def metric_names(self) -> dict[str, list[str]]:
+        "What the task measures; * stands for a kind of question"
+        return dict(answer=[kind + name for kind in ("", "open ", "closed ", "* ") for name in _NAMES.values()])
+
     @model_validator(mode="after")
     def _heads_divide_width(self):
         if self.dim % self.heads:
