@@ -18,8 +18,8 @@ from ..data.batches import resolve_device, resolve_workers
 from ..encoders.image import ImageEncoder
 from ..encoders.pretrained import DownstreamConfig, DownstreamModel, as_list
 from ..project.config import ComputeOptions
-from .metrics.scores import TaskResult, by_label, no_result
-from .probe import few_labels_table, fit_probe, probe_logits, probe_names, probe_scores
+from .metrics.scores import TaskResult, no_result
+from .probe import few_labels_table, fit_probe, probe_logits, probe_scores
 from ..training.downstream import DownstreamOptions, Examples, fit, stage_checkpoints, stored_size
 
 # %% ../../nbs/9_tasks/06_finetune.ipynb #ad4bdbdf
@@ -130,23 +130,16 @@ def predict(
     probabilities = 1 / (1 + np.exp(-self.logits(images, **options).astype(float)))
     return pd.DataFrame(probabilities, index=files, columns=self.config.labels)
 
-# %% ../../nbs/9_tasks/06_finetune.ipynb #d581ba4c
-_MEASURES = ("AUROC", "accuracy")
-
-
+# %% ../../nbs/9_tasks/06_finetune.ipynb #4bfe74a1
 class FinetuneOptions(DownstreamOptions):
     "How a classifier is fine-tuned on fractions of the labels"
 
-    C: PositiveFloat = Field(0.1, description="inverse strength of the penalty on the probe that training starts from")
+    C: PositiveFloat = Field(0.03, description="inverse strength of the penalty on the probe that training starts from")
     fractions: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         [0.01, 0.1, 1.0], min_length=1, description="fractions of the labelled training studies"
     )
     subset_seeds: PositiveInt = Field(1, description="random subsets of the labels per fraction below 1")
     n_resamples: PositiveInt = Field(1000, description="bootstrap resamples of the test patients")
-
-    def metric_names(self) -> dict[str, list[str]]:
-        "What the task measures; * stands for a label"
-        return dict(finetune=by_label(probe_names(self.fractions, _MEASURES)))
 
 # %% ../../nbs/9_tasks/06_finetune.ipynb #06cbd8b6
 def _lacking(studies, labels):
@@ -234,7 +227,7 @@ def finetune(
 
     protocol = dict(fractions=options.fractions, subset_seeds=options.subset_seeds, n_resamples=options.n_resamples)
     known = labels.to_numpy(float), split, studies["patient_id"][:], list(labels)
-    table = few_labels_table(score, *known, **protocol, measures=_MEASURES)
+    table = few_labels_table(score, *known, **protocol, measures=("AUROC", "accuracy"))
     shutil.rmtree(folder)
     largest = f"AUROC {100 * max(options.fractions):g} %"
     return TaskResult(probe_scores(table), table, headline={largest: "fine-tuned"})
