@@ -11,5 +11,5 @@ setup(
     license="Apache-2.0", python_requires=">=" + cfg["min_python"], packages=find_packages(include=["medvlp*"]),
     package_data={"medvlp.data": ["*.yaml"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "weights")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "weights", "clinical")},
 )
