@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MgcaOptions', 'Mgca']
 
-# %% ../../nbs/7_methods/02_mgca.ipynb #851b001f
+# %% ../../nbs/7_methods/02_mgca.ipynb #76ff4928
 from typing import Literal
 
 import torch
@@ -16,9 +16,9 @@ from ..losses.contrastive import info_nce
 from ..losses.ops import gather
 from ..losses.prototypes import Prototypes
 from ..losses.tokenwise import CrossAttention, cross_token_alignment
-from .base import MethodOptions, TokenMethod
+from .base import MethodOptions, TokenMethod, normed_projection
 
-# %% ../../nbs/7_methods/02_mgca.ipynb #073bed6d
+# %% ../../nbs/7_methods/02_mgca.ipynb #4ab34dd3
 class MgcaOptions(MethodOptions):
     "Options of MGCA"
 
@@ -37,11 +37,14 @@ class MgcaOptions(MethodOptions):
     attention: Literal["learned", "cosine"] = Field(
         "learned", description="learned: Eq. 4; cosine: softmax of cosines, as in the released code"
     )
+    heads: Literal["norm_last", "norm_first"] = Field(
+        "norm_last", description="of whole studies: batch norm at the end, as in the released code, or at the start"
+    )
     variant: Literal["paper", "official"] = Field(
         "paper", description="official: token weights clipped to their 10 to 90 % quantiles, as in the released code"
     )
 
-# %% ../../nbs/7_methods/02_mgca.ipynb #db3ecaff
+# %% ../../nbs/7_methods/02_mgca.ipynb #f2a994e6
 class Mgca(TokenMethod):
     "Alignment of studies, of tokens and of clusters (MGCA)"
 
@@ -52,6 +55,9 @@ class Mgca(TokenMethod):
     def __init__(self, config):
         super().__init__(config)
         o = self.options
+        if o.heads == "norm_last":
+            widths = self.image_encoder.dim, self.text_encoder.dim
+            self.image_projection, self.text_projection = (normed_projection(width, o.dim) for width in widths)
         self.words_to_patches, self.patches_to_words = (CrossAttention(o.dim, o.attention) for _ in range(2))
         self.prototypes = Prototypes(
             o.n_prototypes,
