@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['CLINICAL', 'clinical_metrics']
 
-# %% ../../../nbs/9_tasks/metrics/03_clinical.ipynb #23888cad
+# %% ../../../nbs/9_tasks/metrics/03_clinical.ipynb #0e4e810e
+import sys
 import numpy as np, pandas as pd
 from ...project.config import ConfigError, did_you_mean
 from .intervals import estimate, few_note, join_notes, resample, weighted_mean
 from .text import _COLUMNS, _check_reports, _table_rows
 
-# %% ../../../nbs/9_tasks/metrics/03_clinical.ipynb #1d321511
+# %% ../../../nbs/9_tasks/metrics/03_clinical.ipynb #0ece9b97
 CLINICAL = dict(  # {RadEval's metric: {its key for the values of the reports: our measure}}
     radgraph=dict(radgraph_partial="RadGraph F1"),
     f1chexbert=dict(f1chexbert_sample_acc_all="CheXbert accuracy", f1chexbert_sample_acc_5="CheXbert accuracy of five"),
@@ -29,11 +30,12 @@ _WHOLE = {  # CheXbert's values of the whole set
 def _rad_eval():
     "RadEval's class; ConfigError where it is not installed"
     try:
-        from radeval import RadEval
+        import radeval
     except ImportError as e:
         remedy = "pip install -c lock.txt -e '.[clinical]' && pip install --no-deps radeval==2.2.1"
         raise ConfigError(f"clinical metrics need the package radeval ({e}): {remedy}") from None
-    return RadEval
+    sys.modules.setdefault("RadEval", radeval)  # the name by which 2.2.1 imports its own RadGraph
+    return radeval.RadEval
 
 # %% ../../../nbs/9_tasks/metrics/03_clinical.ipynb #6def32dc
 def clinical_metrics(
