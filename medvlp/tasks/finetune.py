@@ -6,7 +6,7 @@
 __all__ = ['known_bce', 'ClassifierConfig', 'Classifier', 'build_classifier', 'start_from_probe', 'FinetuneOptions',
            'train_classifier', 'finetune']
 
-# %% ../../nbs/9_tasks/06_finetune.ipynb #646f6609
+# %% ../../nbs/9_tasks/06_finetune.ipynb #f387f64f
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -18,8 +18,8 @@ from ..data.batches import resolve_device, resolve_workers
 from ..encoders.image import ImageEncoder
 from ..encoders.pretrained import DownstreamConfig, DownstreamModel, as_list
 from ..project.config import ComputeOptions
-from .metrics.scores import TaskResult, no_result
-from .probe import few_labels_table, fit_probe, probe_logits, probe_scores
+from .metrics.scores import TaskResult, by_label, no_result
+from .probe import few_labels_table, fit_probe, probe_logits, probe_names, probe_scores
 from ..training.downstream import DownstreamOptions, Examples, fit, stage_checkpoints, stored_size
 
 # %% ../../nbs/9_tasks/06_finetune.ipynb #ad4bdbdf
@@ -130,7 +130,10 @@ def predict(
     probabilities = 1 / (1 + np.exp(-self.logits(images, **options).astype(float)))
     return pd.DataFrame(probabilities, index=files, columns=self.config.labels)
 
-# %% ../../nbs/9_tasks/06_finetune.ipynb #4bfe74a1
+# %% ../../nbs/9_tasks/06_finetune.ipynb #067e53e5
+_MEASURES = ("AUROC", "accuracy")
+
+
 class FinetuneOptions(DownstreamOptions):
     "How a classifier is fine-tuned on fractions of the labels"
 
@@ -140,6 +143,10 @@ class FinetuneOptions(DownstreamOptions):
     )
     subset_seeds: PositiveInt = Field(1, description="random subsets of the labels per fraction below 1")
     n_resamples: PositiveInt = Field(1000, description="bootstrap resamples of the test patients")
+
+    def metric_names(self) -> dict[str, list[str]]:
+        "What the task measures; * stands for a label"
+        return dict(finetune=by_label(probe_names(self.fractions, _MEASURES)))
 
 # %% ../../nbs/9_tasks/06_finetune.ipynb #06cbd8b6
 def _lacking(studies, labels):
@@ -193,7 +200,7 @@ def _collate(items):
     labels = torch.tensor([o["target"] for o in items])
     return dict(images=torch.stack([o["image"] for o in items]), labels=labels)
 
-# %% ../../nbs/9_tasks/06_finetune.ipynb #7873ea68
+# %% ../../nbs/9_tasks/06_finetune.ipynb #2f2407c7
 def finetune(
     model,  # of methods.base; stays as it is
     studies,  # of load_studies, with their split
@@ -227,7 +234,7 @@ def finetune(
 
     protocol = dict(fractions=options.fractions, subset_seeds=options.subset_seeds, n_resamples=options.n_resamples)
     known = labels.to_numpy(float), split, studies["patient_id"][:], list(labels)
-    table = few_labels_table(score, *known, **protocol, measures=("AUROC", "accuracy"))
+    table = few_labels_table(score, *known, **protocol, measures=_MEASURES)
     shutil.rmtree(folder)
     largest = f"AUROC {100 * max(options.fractions):g} %"
     return TaskResult(probe_scores(table), table, headline={largest: "fine-tuned"})
