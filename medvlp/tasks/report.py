@@ -25,7 +25,7 @@ from .metrics.scores import TaskResult, no_result
 from .metrics.text import finding_metrics, text_metrics
 from ..training.downstream import DownstreamOptions, Examples, fit, split_studies, stored_size
 
-# %% ../../nbs/9_tasks/07_report.ipynb #6a5ce7a8
+# %% ../../nbs/9_tasks/07_report.ipynb #2d5e0f9b
 class ReportOptions(DownstreamOptions):
     "How a reporter is trained, and what it writes"
 
@@ -52,6 +52,13 @@ class ReportOptions(DownstreamOptions):
     dropout: Dropout = Field(0.1, description="dropout of the decoder")
     beams: PositiveInt = Field(1, description="beams of the search; 1: greedy")
     length_penalty: float = Field(1.0, description="of the beams: above 1 favours long reports")
+    uncertain: Literal["absent", "present"] = Field(
+        "absent",
+        description="what a finding that a report calls possible counts as, in what is true and what is written",
+    )
+    truncate_truth: NonNegativeInt = Field(
+        0, description="tokens of the true report that the measures named (R2Gen) compare; 0: all of them"
+    )
     n_resamples: PositiveInt = Field(1000, description="bootstrap resamples of the test patients")
 
     @field_validator("findings")
@@ -67,6 +74,13 @@ class ReportOptions(DownstreamOptions):
         if self.hidden_size % self.heads:
             raise ValueError(f"heads = {self.heads} does not divide hidden_size = {self.hidden_size}")
         return self
+
+    def metric_names(self) -> dict[str, list[str]]:
+        "What the task measures; * stands for a finding"
+        words = [f"BLEU-{n}{way}" for way in ("", " (R2Gen)") for n in range(1, 5)]
+        words += ["METEOR", "ROUGE-L", "CIDEr", "distinct"]
+        found = [f"finding {name}{mean}" for name in ("precision", "recall", "F1") for mean in ("", " macro", " *")]
+        return dict(report=["empty", *(place.format(name) for place in _PLACES.values() for name in words + found)])
 
 # %% ../../nbs/9_tasks/07_report.ipynb #7d13df4b
 def reported(
@@ -179,34 +193,39 @@ def nearest_rows(
     norms = np.linalg.norm(train, axis=1)
     return (test @ train.T / np.where(norms == 0, 1, norms)).argmax(1)
 
-# %% ../../nbs/9_tasks/07_report.ipynb #0835ed91
+# %% ../../nbs/9_tasks/07_report.ipynb #98a54c21
 def report_table(
     texts: pd.DataFrame,  # columns study_id, patient_id, truth, and what each system wrote
-    findings=(),  # that are compared; empty: all that the labeller knows
-    n_resamples: int = 1000,  # of the test patients
+    options: ReportOptions,  # its findings, n_resamples, uncertain and truncate_truth
 ) -> pd.DataFrame:  # the columns of text_metrics
     "Word measures and findings of each system against the true reports"
     truth, patients = list(texts.truth), list(texts.patient_id)
     systems = {name: list(texts[name]) for name in texts.columns.drop(["study_id", "patient_id", "truth"])}
-    words = text_metrics(truth, systems, patients, n_resamples)
-    named = finding_metrics(truth, systems, patients, read_labels, findings, n_resamples)
-    return pd.concat([words, named], ignore_index=True)
+    common = dict(n_resamples=options.n_resamples)
+    words = text_metrics(truth, systems, patients, truncate_truth=options.truncate_truth, **common)
+    common |= dict(uncertain=options.uncertain, baseline="nearest")
+    named = finding_metrics(truth, systems, patients, read_labels, options.findings, **common)
+    return pd.concat([words, named[named.system != "common over nearest"]], ignore_index=True)
 
-# %% ../../nbs/9_tasks/07_report.ipynb #6d26b092
+# %% ../../nbs/9_tasks/07_report.ipynb #4b7d4f11
+_PLACES = dict(model="{}", nearest="nearest {}") | {"model over nearest": "{} over nearest"}
+
+
 def report_scores(
     table: pd.DataFrame,  # of report_table
     note: str = "",  # on the studies to learn from
 ) -> pd.DataFrame:  # metric, overall, value, low, high, chance, n, note
-    "`BLEU-4`, `finding F1` (micro), `finding F1 macro`, `finding F1 effusion`; `nearest ...`; `empty`, a fraction"
+    "`BLEU-4`, `finding F1` (micro), `finding F1 macro` or `effusion`; `nearest ...`; `... over nearest`; `empty`"
     key = ["measure", "label"]
     chance = table[table.system == "common"].set_index(key).value
-    t = table[table.system != "common"]
+    chance["distinct", "all"] = table[table.system == "truth"].value.item()
+    t = table[table.system.isin(_PLACES)]
     label = t.label.map(lambda name: "" if name in ("all", "micro") else f" {name}")
-    metric = t.system.map(dict(model="", nearest="nearest ")) + t.measure + label
+    metric = [_PLACES[system].format(name) for system, name in zip(t.system, t.measure + label)]
     columns = t[["value", "low", "high", "n"]].assign(note=[join_notes(n, note) for n in t.note])
-    chance = chance.reindex(pd.MultiIndex.from_frame(t[key])).to_numpy()
+    chance = chance.reindex(pd.MultiIndex.from_frame(t[key])).where((t.system != "model over nearest").to_numpy(), 0.0)
     overall = t.label.isin(["all", "micro", "macro"])
-    scores = pd.DataFrame(dict(metric=metric, overall=overall, **columns, chance=chance))
+    scores = pd.DataFrame(dict(metric=metric, overall=overall, **columns, chance=chance.to_numpy()))
     first = t[t.system == "model"].iloc[0]
     empty = dict(metric="empty", overall=True, value=first["empty"] / first.n, chance=0.0, n=first.n, note=note)
     return pd.concat([scores, pd.DataFrame([empty])], ignore_index=True)
@@ -238,7 +257,7 @@ def _write_all(model, tokenizer, reporter, studies, options, workers):
         )
     )
 
-# %% ../../nbs/9_tasks/07_report.ipynb #e499fa22
+# %% ../../nbs/9_tasks/07_report.ipynb #7f3f7d64
 def report(
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is
@@ -262,7 +281,7 @@ def report(
     workers = resolve_workers(compute.workers, reporter.device.type)
     texts = _write_all(model, tokenizer, reporter, parts, options, workers)
     texts.to_csv(output / "reports.csv", index=False)
-    table = report_table(texts, options.findings, options.n_resamples)
+    table = report_table(texts, options)
     headline = {"finding F1": "finding F1", "CIDEr": "CIDEr"}
     few = few_note({"training reports": len(parts["train"])})
     return TaskResult(report_scores(table, few), table, headline=headline)
