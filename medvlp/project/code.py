@@ -54,7 +54,7 @@ def imports_of(
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
     return frozenset(found)
 
-# %% ../../nbs/0_project/01_code.ipynb #daedfd9c
+# %% ../../nbs/0_project/01_code.ipynb #713a652b
 def code_behind(
     notebook: str | Path,  # of a stage
     *modules: str,  # further modules that it imports by name, such as medvlp.methods.mgca
@@ -72,6 +72,9 @@ def code_behind(
             continue
         text = path.read_text(encoding="utf-8")
         files[file] = _hash(text)
+        if (table := path.with_suffix(".yaml")).is_file():
+            content = table.read_bytes()
+            files[table.relative_to(root).as_posix()] = hashlib.sha256(content).hexdigest()[:16]
         todo |= imports_of(text, name.rpartition(".")[0])
     return dict(sorted(files.items()))
 
