@@ -124,7 +124,7 @@ def test_ablations_change_what_they_name():
     whole = methods["mpma"].options
     for name, options in methods.items():
         changed = {key for key, value in options.options.items() if value != whole[key]}
-        kind = {"fusion"} if name[5:] in ("gap", "gmp", "cmf") else {"weights"}
+        kind = {"fusion"} if name[5:] in ("text", "gap", "gmp", "cmf") else {"weights"}
         assert changed == (kind if name != "mpma" else set()), name
 
 
