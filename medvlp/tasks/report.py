@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ReportOptions', 'reported', 'report_texts', 'fit_to_set', 'train_reporter', 'common_report', 'nearest_rows',
-           'report_table', 'report_scores', 'report', 'read_reports']
+           'report_table', 'report_scores', 'report', 'read_reports', 'compare_seeds']
 
-# %% ../../nbs/9_tasks/07_report.ipynb #986f0941
+# %% ../../nbs/9_tasks/07_report.ipynb #483aa480
 from pathlib import Path
 from typing import Annotated, Literal
 import numpy as np, pandas as pd, torch
@@ -20,12 +20,12 @@ from ..data.tokens import encode
 from ..generation.reporter import Reporter, build_reporter
 from ..project.config import Auto, ComputeOptions, Dropout, did_you_mean
 from .embed import image_features
-from .metrics.intervals import few_note, join_notes
+from .metrics.intervals import estimate, few_note, join_notes, resample
 from .metrics.scores import TaskResult, no_result
-from .metrics.text import finding_metrics, text_metrics
+from .metrics.text import affirmed, finding_metrics, finding_scores, text_metrics
 from ..training.downstream import DownstreamOptions, Examples, fit, split_studies, stored_size
 
-# %% ../../nbs/9_tasks/07_report.ipynb #2d5e0f9b
+# %% ../../nbs/9_tasks/07_report.ipynb #3999b0ee
 class ReportOptions(DownstreamOptions):
     "How a reporter is trained, and what it writes"
 
@@ -52,6 +52,11 @@ class ReportOptions(DownstreamOptions):
     dropout: Dropout = Field(0.1, description="dropout of the decoder")
     beams: PositiveInt = Field(1, description="beams of the search; 1: greedy")
     length_penalty: float = Field(1.0, description="of the beams: above 1 favours long reports")
+    prior_penalty: NonNegativeFloat = Field(
+        0.0,
+        description="weight of the log-probabilities for the average image, which are subtracted in writing: above 0 "
+        "favours what this image makes likelier than others do; 0.5 is a good start",
+    )
     uncertain: Literal["absent", "present"] = Field(
         "absent",
         description="what a finding that a report calls possible counts as, in what is true and what is written",
@@ -138,7 +143,7 @@ def _decoder_sizes(options):
         attention_probs_dropout_prob=options.dropout,
     )
 
-# %% ../../nbs/9_tasks/07_report.ipynb #63d0c565
+# %% ../../nbs/9_tasks/07_report.ipynb #d4e303ff
 def train_reporter(
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is
@@ -151,8 +156,8 @@ def train_reporter(
 ) -> Reporter:  # in evaluation mode
     "Teach a fresh decoder to write the training reports from their images"
     set_seed(seed)
-    image, writing = model.config.image, dict(beams=options.beams, length_penalty=options.length_penalty)
-    writing |= dict(max_tokens=options.max_tokens, stored_size=stored_size(studies["train"]))
+    image, rules = model.config.image, ("max_tokens", "beams", "length_penalty", "prior_penalty")
+    writing = options.model_dump(include=set(rules)) | dict(stored_size=stored_size(studies["train"]))
     reporter = build_reporter(model.image_encoder, image, tokenizer, **writing, **_decoder_sizes(options))
     train, val = (
         Examples(s, report_texts(s, options.sections), image["image_size"], augment, seed)
@@ -292,3 +297,36 @@ def read_reports(
 ) -> pd.DataFrame:  # study_id, patient_id, truth, model, nearest, common
     "The written reports beside the true ones"
     return pd.read_csv(Path(output) / "reports.csv", dtype=str, keep_default_na=False)
+
+# %% ../../nbs/9_tasks/07_report.ipynb #0e36116b
+def _model_nearest(
+    gold,
+    model,
+    nearest,  # [N,K] bool, of affirmed
+    counts=None,  # [R,N] from resample
+) -> np.ndarray:  # [2,3] or [R,2,3]: macro and micro F1 of the model, of the nearest report, and the difference
+    "F1 of what was written and of what was copied"
+    written, copied = (finding_scores(gold, said, counts)[..., 2, -2:] for said in (model, nearest))
+    return np.stack([written, copied, written - copied], -1)
+
+
+def compare_seeds(
+    outputs: dict,  # {seed: folder of `report`}, of the same test studies
+    findings=(),  # that are compared; empty: all that the labeller knows
+    n_resamples: int = 1000,  # of the test patients
+) -> pd.DataFrame:  # seed, F1 (macro or micro), model, nearest, difference, low, high, std
+    "Finding F1 of the model and of the nearest report, seed by seed and on average"
+    texts = [read_reports(folder) for folder in outputs.values()]
+    gold, counts = affirmed(texts[0].truth, read_labels, findings), resample(texts[0].patient_id, n_resamples)
+    said = [[affirmed(t[system], read_labels, findings) for system in ("model", "nearest")] for t in texts]
+    scores = [lambda c, pair=pair: _model_nearest(gold, *pair, c) for pair in said]
+    found = {seed: estimate(f, counts) for seed, f in zip(outputs, scores)}
+    found["mean"] = estimate(lambda c: np.mean([f(c) for f in scores], 0), counts)
+    std = np.std([f(None)[:, 2] for f in scores], 0, ddof=1) if len(scores) > 1 else np.full(2, np.nan)
+    columns = ["seed", "F1", "model", "nearest", "difference", "low", "high", "std"]
+    rows = [
+        (seed, name, *e.value[i], e.low[i, 2], e.high[i, 2], std[i] if seed == "mean" else np.nan)
+        for seed, e in found.items()
+        for i, name in enumerate(("macro", "micro"))
+    ]
+    return pd.DataFrame(rows, columns=columns)
