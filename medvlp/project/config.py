@@ -76,14 +76,15 @@ class ConfigError(ValueError):
         self.problems = list(dict.fromkeys(problems))
         super().__init__("\n".join(self.problems))
 
-# %% ../../nbs/0_project/00_config.ipynb #c56fbac3
+# %% ../../nbs/0_project/00_config.ipynb #30b4d013
 def closest(
     word: Any,  # a name that does not exist
     known: Iterable[str],  # the names that exist
 ) -> str:  # empty if none resembles it
     "The known name that resembles a word most, whatever its capitals"
     names = {name.lower(): name for name in map(str, known)}
-    return next((names[name] for name in difflib.get_close_matches(str(word).lower(), names, n=1)), "")
+    close = difflib.get_close_matches(str(word).lower(), names, n=1, cutoff=0.65)
+    return names[close[0]] if close else ""
 
 
 def did_you_mean(
