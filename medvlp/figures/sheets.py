@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Run', 'all_figures', 'draw_all']
 
-# %% ../../nbs/figures/10_sheets.ipynb #ce3d240e
+# %% ../../nbs/figures/10_sheets.ipynb #2580a23a
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from tqdm import tqdm
 from ..data.batches import resolve_device, resolve_workers
-from ..data.labeller import TERMS, read_labels
+from ..data.labeller import match_labels, read_labeller
 from ..data.prepare import load_studies, read_manifest
 from ..data.reports import report_text
 from ..data.tokens import load_tokenizer
@@ -99,11 +99,10 @@ def _load(run, data, compute):
     title = f"{run.method}, {data.title}"
     return _Model(run, net, tokenizer, title, data.policy, *shown, bool(data.pairs), reading, loading), features
 
-# %% ../../nbs/figures/10_sheets.ipynb #e894c655
+# %% ../../nbs/figures/10_sheets.ipynb #9f80ed10
 def _word_figures(m, options, labels):
     "Maps of words and regions, or boxes for adaptive patches"
-    names = [read_labels(label.replace("_", " ")) for label in labels]  # none: whatever the reports name
-    labels = [finding for finding in TERMS if any(name[finding] == 1 for name in names)]
+    labels = match_labels(labels, read_labeller())  # none: whatever the reports name
     found = examples(m.net, m.tokenizer, m.studies, options.heatmaps, labels, **m.reading, **m.loading)
     adaptive = "adaptive_patches" in m.net.capabilities
     name = f"{'matches' if adaptive else 'words'}-{m.run.method}"

@@ -6,15 +6,14 @@
 __all__ = ['ReportOptions', 'reported', 'report_texts', 'fit_to_set', 'train_reporter', 'common_report', 'nearest_rows',
            'report_table', 'report_scores', 'report', 'read_reports', 'compare_seeds']
 
-# %% ../../nbs/9_tasks/07_report.ipynb #483aa480
+# %% ../../nbs/9_tasks/07_report.ipynb #1d26ad30
 from pathlib import Path
 from typing import Annotated, Literal
 import numpy as np, pandas as pd, torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 from transformers import set_seed
 from ..data.batches import resolve_workers
-from ..data.labeller import TERMS, read_labels
+from ..data.labeller import choose_table, match_labels, read_labeller
 from ..data.reports import count_words, report_text
 from ..data.tokens import encode
 from ..generation.reporter import Reporter, build_reporter
@@ -25,20 +24,21 @@ from .metrics.scores import TaskResult, no_result
 from .metrics.text import affirmed, finding_metrics, finding_scores, text_metrics
 from ..training.downstream import DownstreamOptions, Examples, fit, split_studies, stored_size
 
-# %% ../../nbs/9_tasks/07_report.ipynb #3999b0ee
+# %% ../../nbs/9_tasks/07_report.ipynb #b0f41653
 class ReportOptions(DownstreamOptions):
     "How a reporter is trained, and what it writes"
 
     min_steps: NonNegativeInt = Field(0, description="steps at least, where the studies are few")
-    learning_rate: PositiveFloat = Field(2e-3, description="peak learning rate of the decoder")
-    encoder_learning_rate: NonNegativeFloat = Field(
-        0.0, description="peak learning rate of the image encoder; 0: it stays frozen"
-    )
     max_grad_norm: NonNegativeFloat = Field(1.0, description="longer gradients are shortened to this norm; 0: never")
     sections: Annotated[list[Literal["findings", "impression"]], Field(min_length=1)] | Auto = Field(
         "auto",
         description="sections of the report that are written, in this order; auto: the findings, or the impression "
         "where no training report has findings",
+    )
+    labeller: str = Field(
+        "auto",
+        description="table of findings that reports are read with: chest, chexpert, or a YAML file of your own; auto: "
+        "the one whose names the set's labels have",
     )
     findings: list[str] = Field(
         [],
@@ -66,13 +66,14 @@ class ReportOptions(DownstreamOptions):
     )
     n_resamples: PositiveInt = Field(1000, description="bootstrap resamples of the test patients")
 
-    @field_validator("findings")
-    @classmethod
-    def _known(cls, findings):
-        for name in findings:
-            if name not in TERMS:
-                raise ValueError(f'the labeller knows no finding "{name}": {did_you_mean(name, TERMS)}')
-        return findings
+    @model_validator(mode="after")
+    def _known_findings(self):
+        tables = ("chest", "chexpert") if self.labeller == "auto" else (self.labeller,)
+        known = [name for table in tables for name in read_labeller(table).terms]
+        for name in self.findings:
+            if name not in known:
+                raise ValueError(f'the labeller knows no finding "{name}": {did_you_mean(name, known)}')
+        return self
 
     @model_validator(mode="after")
     def _heads_divide_width(self):
@@ -103,7 +104,7 @@ def report_texts(
     "The reports of some studies"
     return [report_text(s, sections) for s in studies.select_columns(["findings", "impression"])]
 
-# %% ../../nbs/9_tasks/07_report.ipynb #4e3cd04a
+# %% ../../nbs/9_tasks/07_report.ipynb #a5d9b043
 def fit_to_set(
     options: ReportOptions,
     studies,  # of load_studies, with their split
@@ -114,10 +115,11 @@ def fit_to_set(
         train = split_studies(studies)["train"]
         sections = next(([s] for s in ("findings", "impression") if len(reported(train, [s]))), None)
         sections = sections or ["findings", "impression"]  # neither: nothing to learn from
-    if not findings:
-        names = [name.replace("_", " ") for name in studies.features.get("labels", {})]
-        findings = [f for f in TERMS if any(read_labels(name)[f] == 1 for name in names)]
-    return options.model_copy(update=dict(sections=sections, findings=findings))
+    labels, table = list(studies.features.get("labels", {})), options.labeller
+    if table == "auto":
+        table = choose_table(findings or labels)
+    findings = findings or match_labels(labels, read_labeller(table))
+    return options.model_copy(update=dict(sections=sections, findings=findings, labeller=table))
 
 # %% ../../nbs/9_tasks/07_report.ipynb #3f45758a
 class _Collate:
@@ -198,10 +200,10 @@ def nearest_rows(
     norms = np.linalg.norm(train, axis=1)
     return (test @ train.T / np.where(norms == 0, 1, norms)).argmax(1)
 
-# %% ../../nbs/9_tasks/07_report.ipynb #98a54c21
+# %% ../../nbs/9_tasks/07_report.ipynb #4dd862a4
 def report_table(
     texts: pd.DataFrame,  # columns study_id, patient_id, truth, and what each system wrote
-    options: ReportOptions,  # its findings, n_resamples, uncertain and truncate_truth
+    options: ReportOptions,  # of `fit_to_set`: its labeller, findings, n_resamples, uncertain and truncate_truth
 ) -> pd.DataFrame:  # the columns of text_metrics
     "Word measures and findings of each system against the true reports"
     truth, patients = list(texts.truth), list(texts.patient_id)
@@ -209,7 +211,7 @@ def report_table(
     common = dict(n_resamples=options.n_resamples)
     words = text_metrics(truth, systems, patients, truncate_truth=options.truncate_truth, **common)
     common |= dict(uncertain=options.uncertain, baseline="nearest")
-    named = finding_metrics(truth, systems, patients, read_labels, options.findings, **common)
+    named = finding_metrics(truth, systems, patients, read_labeller(options.labeller), options.findings, **common)
     return pd.concat([words, named[named.system != "common over nearest"]], ignore_index=True)
 
 # %% ../../nbs/9_tasks/07_report.ipynb #4b7d4f11
@@ -298,7 +300,7 @@ def read_reports(
     "The written reports beside the true ones"
     return pd.read_csv(Path(output) / "reports.csv", dtype=str, keep_default_na=False)
 
-# %% ../../nbs/9_tasks/07_report.ipynb #0e36116b
+# %% ../../nbs/9_tasks/07_report.ipynb #88c8e391
 def _model_nearest(
     gold,
     model,
@@ -314,11 +316,13 @@ def compare_seeds(
     outputs: dict,  # {seed: folder of `report`}, of the same test studies
     findings=(),  # that are compared; empty: all that the labeller knows
     n_resamples: int = 1000,  # of the test patients
+    labeller: str = "chest",  # table of findings, see `ReportOptions`
 ) -> pd.DataFrame:  # seed, F1 (macro or micro), model, nearest, difference, low, high, std
     "Finding F1 of the model and of the nearest report, seed by seed and on average"
     texts = [read_reports(folder) for folder in outputs.values()]
-    gold, counts = affirmed(texts[0].truth, read_labels, findings), resample(texts[0].patient_id, n_resamples)
-    said = [[affirmed(t[system], read_labels, findings) for system in ("model", "nearest")] for t in texts]
+    counts, read = resample(texts[0].patient_id, n_resamples), read_labeller(labeller)
+    gold = affirmed(texts[0].truth, read, findings)
+    said = [[affirmed(t[system], read, findings) for system in ("model", "nearest")] for t in texts]
     scores = [lambda c, pair=pair: _model_nearest(gold, *pair, c) for pair in said]
     found = {seed: estimate(f, counts) for seed, f in zip(outputs, scores)}
     found["mean"] = estimate(lambda c: np.mean([f(c) for f in scores], 0), counts)
