@@ -32,7 +32,7 @@ _PLAIN = [
     "-Dstdin.encoding=UTF-8",
 ]
 
-# %% ../../../nbs/9_tasks/metrics/01_text.ipynb #91d8ec1e
+# %% ../../../nbs/9_tasks/metrics/01_text.ipynb #9c91ecc5
 class JavaError(RuntimeError):
     "Java did not start, or ended early"
 
@@ -44,17 +44,18 @@ def tokenise(
     "Penn Treebank tokens as in pycocoevalcap; JavaError if Java fails"
     lines = [" ".join(str(t).split()) for t in texts]
     full = [i for i, line in enumerate(lines) if line]
+    given = [*(lines[i] for i in full), "end"]  # a last report without a single token would have no line
     jar = _HOME / "tokenizer" / "stanford-corenlp-3.4.1.jar"
     options = ["-preserveLines", "-lowerCase", "-encoding", "utf-8"]
     command = [str(java), *_PLAIN, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", *options]
     try:
-        done = subprocess.run(command, input="\n".join(lines[i] for i in full), capture_output=True, encoding="utf-8")
+        done = subprocess.run(command, input="\n".join(given), capture_output=True, encoding="utf-8")
     except OSError as e:
         raise JavaError(f"{java}: {e.strerror}") from None
     out = done.stdout.splitlines()
-    if done.returncode or len(out) != len(full):
+    if done.returncode or len(out) != len(given):
         last = (done.stderr.strip().splitlines() or [""])[-1]
-        raise JavaError(f"{java}: the tokenizer gave {len(out)} lines for {len(full)} reports. {last}")
+        raise JavaError(f"{java}: the tokenizer gave {len(out)} lines for {len(given)}. {last}")
     for i, line in zip(full, out):
         lines[i] = " ".join(w for w in line.split() if w not in PUNCTUATIONS)
     return lines
