@@ -96,7 +96,7 @@ def test_the_tokens_of_r2gen(text, tokens):
 def test_truncation_cuts_the_truth_alone():
     truth, written = [f"{LONG} Effusion.", "No nodule."], [LONG, "No nodule."]
     rows = [
-        text_metrics(truth, dict(model=written), ["p", "q"], 10, truncate_truth=n)
+        text_metrics(truth, dict(model=written), ["p", "q"], 10, truncate_truth=n, java="no-java")
         .set_index(["system", "measure"])
         .value
         for n in (0, 60)
