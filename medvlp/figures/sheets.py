@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'all_figures', 'draw_all']
 
-# %% ../../nbs/figures/10_sheets.ipynb #2580a23a
+# %% ../../nbs/figures/10_sheets.ipynb #0dae236a
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from tqdm import tqdm
 from ..data.batches import resolve_device, resolve_workers
 from ..data.labeller import match_labels, read_labeller
-from ..data.prepare import load_studies, read_manifest
+from ..data.prepare import has_report, load_studies, read_manifest
 from ..data.reports import report_text
 from ..data.tokens import load_tokenizer
 from .curves import plot_curves, read_curves
@@ -31,7 +31,7 @@ from ..project.config import ComputeOptions
 from ..tasks.embed import image_embeddings, text_embeddings
 from ..tasks.probe import label_frame, policy_text
 
-# %% ../../nbs/figures/10_sheets.ipynb #81f1cfd5
+# %% ../../nbs/figures/10_sheets.ipynb #a3d007f3
 class Run(NamedTuple):
     "A trained method and where it lies"
 
@@ -52,7 +52,6 @@ class _Data(NamedTuple):
     split: str  # "test ", or empty for a set that divides its questions, not its studies
     studies: Any  # of this split
     labels: pd.DataFrame  # [N,K] of these
-    pairs: list[int]  # indices of the test studies with a report
 
 
 def _read_data(prepared, labels):
@@ -60,17 +59,16 @@ def _read_data(prepared, labels):
     manifest, studies, split = read_manifest(prepared), load_studies(prepared, "test"), "test "
     if not len(studies):
         studies, split = load_studies(prepared), ""
-    pairs = np.flatnonzero(studies["paired"][:]).tolist() if split else []
     known = label_frame(studies, labels)
     policy = policy_text(manifest["label_policy"]) if len(known.columns) else ""
-    return _Data(manifest["title"], policy, split, studies, known, pairs)
+    return _Data(manifest["title"], policy, split, studies, known)
 
 
 def _first_studies(studies, n):
     "The first studies, of different patients where there are enough"
     return studies.select(different_patients(studies["patient_id"][:], n))
 
-# %% ../../nbs/figures/10_sheets.ipynb #15f0634b
+# %% ../../nbs/figures/10_sheets.ipynb #2f10a8c2
 class _Model(NamedTuple):
     "A loaded run, with all that its figures share"
 
@@ -94,10 +92,11 @@ def _load(run, data, compute):
     reading = dict(sections=run.sections, max_tokens=run.max_tokens)
     loading = dict(workers=resolve_workers(compute.workers, device))
     features, embeddings = image_embeddings(net, tokenizer, data.studies, **reading, **loading)
-    rows = data.pairs or list(range(len(data.studies)))
+    pairs = np.flatnonzero(has_report(data.studies, run.sections)).tolist() if data.split else []
+    rows = pairs or list(range(len(data.studies)))
     shown = data.studies.select(rows), data.labels.iloc[rows].reset_index(drop=True), embeddings[rows]
     title = f"{run.method}, {data.title}"
-    return _Model(run, net, tokenizer, title, data.policy, *shown, bool(data.pairs), reading, loading), features
+    return _Model(run, net, tokenizer, title, data.policy, *shown, bool(pairs), reading, loading), features
 
 # %% ../../nbs/figures/10_sheets.ipynb #9f80ed10
 def _word_figures(m, options, labels):
@@ -183,7 +182,7 @@ def _map_figure(features, data, options):
     classes = study_class(data.labels.to_numpy()[rows], list(data.labels))
     return plot_tsne_by_method(points, classes, title=_map_title(data, which))
 
-# %% ../../nbs/figures/10_sheets.ipynb #a5e216ac
+# %% ../../nbs/figures/10_sheets.ipynb #b810c1c6
 def all_figures(
     runs: list[Run],
     prepared: str | Path,  # folder of the prepared set
@@ -197,14 +196,14 @@ def all_figures(
     if options.samples:
         shuffled = data.studies.shuffle(options.seed, keep_in_memory=True)
         yield "samples", sample_sheet(_first_studies(shuffled, options.samples), options.samples, title=data.title)
-    first, features, capable = {}, {}, {}
+    first, features, capable, paired = {}, {}, {}, False
     for run in runs:
         first.setdefault(run.method, run)
     for run in tqdm(first.values(), desc="figures", unit="method"):
         model, features[run.method] = _load(run, data, compute)
-        capable[run.method] = model.net.capabilities
+        capable[run.method], paired = model.net.capabilities, paired or model.paired
         yield from _model_figures(model, options, labels)
-    if options.heatmaps and not data.pairs and any("token_maps" in c for c in capable.values()):
+    if options.heatmaps and not paired and any("token_maps" in c for c in capable.values()):
         yield "words", message_figure(f"{data.title}: no test study has a report, so there are no words to map.")
     yield "tsne", _map_figure(features, data, options)
     yield from _curve_figures(runs, [method for method, c in capable.items() if "thresholds" in c])

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['EvaluateOptions', 'StudySet', 'study_set', 'SetVectors', 'set_vectors', 'evaluate']
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #41a47a38
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #46cb64d9
 import logging
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 from pydantic import Field, PositiveInt
+from ..data.prepare import has_report
 from ..data.reports import report_text
 from ..project.config import ComputeOptions, ConfigError, Options, options_table
 from .embed import image_embeddings, image_features, text_embeddings
@@ -68,7 +69,7 @@ def _equal_set(labels, patients, rows, options):
     reason = equal.reason or _too_few_patients(patients[chosen], "studies with exactly one of the classes")
     return equal._replace(rows=chosen, reason=reason)
 
-# %% ../../nbs/9_tasks/09_evaluate.ipynb #db8bf1e1
+# %% ../../nbs/9_tasks/09_evaluate.ipynb #89da5d16
 class StudySet(NamedTuple):
     "A prepared set as the tasks read it"
 
@@ -92,13 +93,12 @@ def study_set(
     classes: EqualOptions = EqualOptions(),
 ) -> StudySet:
     "Read what the tasks need of a set; ConfigError for a label that the set does not have"
-    split, patients, paired = (np.array(studies[k][:]) for k in ("split", "patient_id", "paired"))
-    rows = np.flatnonzero((split == "test") & paired.astype(bool))
-    texts = studies.select(rows).select_columns(["findings", "impression"])
-    reports = {row: text for row, study in zip(rows, texts) if (text := report_text(study, sections))}
-    pairs, known = np.array(list(reports), int), label_frame(studies, labels)
+    split, patients = (np.array(studies[k][:]) for k in ("split", "patient_id"))
+    pairs = np.flatnonzero((split == "test") & has_report(studies, sections))
+    texts = studies.select(pairs).select_columns(["findings", "impression"])
+    reports, known = [report_text(study, sections) for study in texts], label_frame(studies, labels)
     equal = _equal_set(known, patients, pairs if len(pairs) else np.flatnonzero(split == "test"), classes)
-    return StudySet(studies, known, split, patients, pairs, list(reports.values()), equal)
+    return StudySet(studies, known, split, patients, pairs, reports, equal)
 
 # %% ../../nbs/9_tasks/09_evaluate.ipynb #473fb76b
 class SetVectors(NamedTuple):
