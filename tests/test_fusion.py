@@ -34,7 +34,7 @@ def studies():
 def test_studies_do_not_influence_each_other(fusion, studies):
     patches, words, mask = studies
     tokens, real = fusion(*studies)
-    assert tokens.shape == (*real.shape, 8) and real.shape[1] == (6 if fusion.kind in ("gap", "gmp") else 11)
+    assert tokens.shape == (*real.shape, 8) and real.shape[1] == (11 if fusion.kind in ("cmf", "ma_cmf") else 6)
     order = torch.tensor([2, 0, 3, 1])
     close(fusion(patches[order], words[order], mask[order])[0], tokens[order])
     close(fusion(patches[1:2], words[1:2], mask[1:2])[0], tokens[1:2])
@@ -55,11 +55,13 @@ def test_more_padding_changes_nothing_whatever_it_holds(fusion, studies, junk):
     tokens, wide = fusion(*studies)[0].detach(), F.pad(mask, (0, 3))
     x, w = patches.clone(), F.pad(words.masked_fill(~mask[..., None], junk), (0, 0, 0, 3), value=junk)
     more, real = fusion(x.requires_grad_(), w.requires_grad_(), wide)
-    (more * torch.randn_like(more)).sum().backward()
+    if more.requires_grad:  # without the image there is nothing to learn
+        (more * torch.randn_like(more)).sum().backward()
     T = tokens.shape[1]
     close(more[:, :T].detach(), tokens)
     assert not more[:, T:].any() and not real[:, T:].any()
-    assert x.grad.isfinite().all() and w.grad.isfinite().all() and not w.grad[~wide].any()
+    assert all(t.grad is None or t.grad.isfinite().all() for t in (x, w))
+    assert w.grad is None or not w.grad[~wide].any()
     for name, p in fusion.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
 
@@ -74,7 +76,8 @@ def test_reports_without_words_and_large_numbers_stay_finite(fusion, studies):
     patches, words, mask = studies
     none, x = torch.zeros_like(mask), patches.clone().requires_grad_()
     tokens, real = fusion(x, words, none)
-    tokens.sum().backward()
+    if tokens.requires_grad:
+        tokens.sum().backward()
     assert tokens.isfinite().all() and not tokens[~real].any() and (x.grad is None or x.grad.isfinite().all())
     close(tokens[:, :-6], fusion(patches, words[:, :2] + 1, none[:, :2])[0][:, :-2])
     patches, words = patches.float(), words.float()

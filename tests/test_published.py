@@ -92,7 +92,10 @@ OWN_SIZES = dict(  # of each
     ),
     mpma=dict(
         pretrain=dict(image_encoder=dict(options=VIT)),
-        methods=dict(mpma=dict(options=dict(heads=2, rows=16, slots=4, **DECODERS))),
+        methods=dict(
+            imagenet=dict(image_encoder=dict(pretrained=False, image_size=64, options=VIT)),
+            mpma=dict(options=dict(heads=2, rows=16, slots=4, **DECODERS)),
+        ),
     ),
     adamatch=dict(
         pretrain=dict(image_encoder=dict(options=PVT)),
