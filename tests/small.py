@@ -1,4 +1,4 @@
-"A study set and a training run small enough for tests. As a script: FOLDER RUN METHOD MINUTES between checkpoints"
+"A study set and a training run small enough for tests. As a script: FOLDER RUN METHOD MINUTES DEVICE"
 
 import sys
 from pathlib import Path
@@ -57,8 +57,8 @@ BERT = dict(options=dict(hidden_size=32, num_hidden_layers=1, num_attention_head
 MPMA = dict(rows=16, heads=2, slots=4, decoder_dim=32, decoder_heads=2, decoder_layers=1)
 
 
-def train(folder, run, method="convirt", minutes=5.0, seed=0):
-    "Pre-train on FOLDER/prepared into FOLDER/RUN, with checkpoints by time; call again to resume"
+def train(folder, run, method="convirt", minutes=5.0, device="cpu", seed=0):
+    "Pre-train on FOLDER/prepared into FOLDER/RUN, with a checkpoint every few `minutes`; call again to resume"
     from transformers import set_seed
     from medvlp.data.prepare import load_studies
     from medvlp.data.tokens import build_tokenizer
@@ -93,7 +93,7 @@ def train(folder, run, method="convirt", minutes=5.0, seed=0):
         studies,
         options,
         seed=seed,
-        compute=ComputeOptions(device="cpu", precision="fp32", checkpoint_minutes=float(minutes)),
+        compute=ComputeOptions(device=device, precision="fp32", checkpoint_minutes=float(minutes)),
         output=folder / run / "model",
         curves=folder / run / "curves",
         checkpoints=folder / run / "checkpoints",

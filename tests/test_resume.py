@@ -13,8 +13,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, run, method, minutes=5.0):
-    command = [sys.executable, small.__file__, folder, run, method, str(minutes)]
+def start(folder, run, method, device, minutes=5.0):
+    command = [sys.executable, small.__file__, folder, run, method, str(minutes), device]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -45,14 +45,15 @@ def between_evaluations(folder):
 
 # aga has gates, buffers that change with every batch; mpma draws masks and has a ramp; adamatch learns its temperature
 # under LAMB
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("method", ["convirt", "aga", "mpma", "adamatch"])
-def test_two_runs_give_equal_weights_and_a_killed_run_resumed_too(folder, method):
-    first, second, killed = (f"{method}-{run}" for run in ("first", "second", "killed"))
+def test_two_runs_give_equal_weights_and_a_killed_run_resumed_too(folder, method, device):
+    first, second, killed = (f"{method}-{device}-{run}" for run in ("first", "second", "killed"))
     for run in (first, second):
-        finish(start(folder, run, method))
+        finish(start(folder, run, method, device))
     assert_equal(weights(folder, first), weights(folder, second))
 
-    process = start(folder, killed, method, minutes=1e-6)  # a checkpoint at each step
+    process = start(folder, killed, method, device, minutes=1e-6)  # a checkpoint at each step
     while not between_evaluations(folder / killed):
         assert process.poll() is None, process.communicate()[0].decode()[-2000:]
         time.sleep(0.02)
@@ -60,6 +61,6 @@ def test_two_runs_give_equal_weights_and_a_killed_run_resumed_too(folder, method
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / killed / "model" / "model.safetensors").exists(), "it had finished before it was killed"
-    finish(start(folder, killed, method))
+    finish(start(folder, killed, method, device))
     assert_equal(weights(folder, first), weights(folder, killed))
     assert curves(folder / first) == curves(folder / killed)

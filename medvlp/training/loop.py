@@ -23,12 +23,12 @@ from transformers import Trainer, TrainerCallback, TrainerState
 
 from ..project.code import bare_code
 
-# %% ../../nbs/8_training/00_loop.ipynb #a3906471
+# %% ../../nbs/8_training/00_loop.ipynb #74fcbbb0
 def resolve_precision(precision: str = "auto", device: str = "cpu") -> str:  # bf16 or fp32
     "`auto` is bfloat16 where the hardware supports it, else float32"
     if precision != "auto":
         return precision
-    fast = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_amx_tile_supported()
+    fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_amx_tile_supported()
     return "bf16" if fast else "fp32"
 
 # %% ../../nbs/8_training/00_loop.ipynb #50f1f1ac

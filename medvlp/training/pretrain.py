@@ -137,7 +137,7 @@ def training_arguments(
         **_machine(compute, device),
     )
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #3acbb6fe
+# %% ../../nbs/8_training/01_pretrain.ipynb #d2bd7438
 def _schedule(options, n_val):
     "When to evaluate and save"
     steps = options.checkpoint_steps
@@ -154,9 +154,9 @@ def _machine(compute, device):
     return dict(
         use_cpu=device == "cpu",
         bf16=resolve_precision(compute.precision, device) == "bf16",
-        full_determinism=compute.deterministic and device == "cuda",
+        full_determinism=compute.deterministic and device != "cpu",
         dataloader_num_workers=resolve_workers(compute.workers, device),
-        dataloader_pin_memory=device == "cuda",
+        dataloader_pin_memory=device != "cpu",
         remove_unused_columns=False,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
