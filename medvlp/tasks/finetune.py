@@ -177,7 +177,7 @@ def _lacking(studies, labels):
         return "no label has both a positive and a negative study in the test split"
     return ""
 
-# %% ../../nbs/9_tasks/06_finetune.ipynb #de97781e
+# %% ../../nbs/9_tasks/06_finetune.ipynb #7b5c24d1
 def train_classifier(
     model,  # of methods.base; stays as it is
     studies: dict,  # {"train", "val"}: parts of a prepared set
@@ -204,7 +204,8 @@ def _build_probe(model, studies, labels, options, compute):
     device = resolve_device(compute.device)
     classifier = build_classifier(model, labels.columns, stored_size(studies)).to(device)
     workers = resolve_workers(compute.workers, device)
-    fill_statistics(classifier.encoder, classifier.batches(studies["image"], 64, workers))
+    if options.encoder_learning_rate:
+        fill_statistics(classifier.encoder, classifier.batches(studies["image"], 64, workers))
     features = classifier.features(studies["image"], workers=workers)
     start_from_probe(classifier, features, labels.to_numpy(float), options.C)
     return classifier
