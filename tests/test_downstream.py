@@ -16,10 +16,10 @@ from medvlp.data.tokens import train_tokenizer
 from medvlp.generation.reporter import Reporter
 from medvlp.methods.base import build_method
 from medvlp.project.config import ComputeOptions
-from medvlp.tasks.answer import AnswerModel, AnswerOptions, answer, answer_vocabulary, question_table
-from medvlp.tasks.answer import train_answer_model
+from medvlp.tasks.answer import AnswerModel, AnswerOptions, answer, train_answer_model
 from medvlp.tasks.finetune import Classifier, FinetuneOptions, finetune
 from medvlp.tasks.probe import label_frame
+from medvlp.tasks.questions import answer_vocabulary, question_table
 from medvlp.tasks.report import ReportOptions, train_reporter
 from medvlp.training.downstream import EarlyStopping, split_studies
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from .heatmaps import COLOURS, draw_map, is_flat, top_weight
 from .samples import different_patients
 from .style import figure_style, sheet, wrap_text
-from ..tasks.answer import AnswerModel, CollateQuestions, QuestionExamples
+from ..tasks.answer import AnswerModel
+from ..tasks.questions import CollateQuestions, QuestionExamples
 
 # %% ../../nbs/figures/08_answers.ipynb #8172a8f3
 def _cam(
@@ -25,7 +26,7 @@ def _cam(
 # %% ../../nbs/figures/08_answers.ipynb #5848cf62
 def answer_maps(
     model: AnswerModel,  # in evaluation mode
-    batch: dict,  # of tasks.answer.CollateQuestions
+    batch: dict,  # of tasks.questions.CollateQuestions
     chosen: Tensor | None = None,  # [Q] indices of the answers to explain; None: the most likely ones
 ) -> tuple[Tensor, tuple[int, int]]:  # [Q,N] of `_cam`; (rows, columns) of the patches
     "For a batch of questions, the part of the image that each answer depends on"
@@ -43,7 +44,7 @@ def answer_maps(
 
 # %% ../../nbs/figures/08_answers.ipynb #033575b5
 def _choose_questions(
-    table: pd.DataFrame,  # of tasks.answer.read_answers
+    table: pd.DataFrame,  # of tasks.questions.read_answers
     patient_ids: list[str],  # of all studies
     n: int = 8,  # at most
 ) -> pd.DataFrame:  # some of its rows
@@ -61,7 +62,7 @@ def _choose_questions(
 def answer_examples(
     model: AnswerModel,  # in evaluation mode
     studies,  # the set that the questions are about
-    answered: pd.DataFrame,  # its test questions, of tasks.answer.read_answers
+    answered: pd.DataFrame,  # its test questions, of tasks.questions.read_answers
     n: int = 8,  # at most
 ) -> list[dict]:  # question, given, answer; image [H,W]; map [N], grid
     "Test questions with the answers given and their maps"
