@@ -5,6 +5,7 @@ import pytest, torch, torch.nn.functional as F
 from torch import nn
 from medvlp.encoders.image import ImageEncoder
 from medvlp.encoders.masked import encode_visible, patch_mask
+from medvlp.fusion.coattention import CoAttention, build_fusion
 from medvlp.fusion.memory import KINDS, Fusion
 from medvlp.generation.image_decoder import ImageDecoder
 from medvlp.generation.report_decoder import ReportDecoder
@@ -15,10 +16,10 @@ def close(a, b, atol=1e-12):
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=(*KINDS, "co_attention"))
 def fusion(request):
     torch.manual_seed(0)
-    fusion = Fusion(request.param, 8, heads=2, slots=3).double()
+    fusion = build_fusion(request.param, 8, 2, slots=3, layers=2).double()
     for p in fusion.parameters():
         p.data = torch.randn_like(p)
     return fusion
@@ -34,7 +35,7 @@ def studies():
 def test_studies_do_not_influence_each_other(fusion, studies):
     patches, words, mask = studies
     tokens, real = fusion(*studies)
-    assert tokens.shape == (*real.shape, 8) and real.shape[1] == (11 if fusion.kind in ("cmf", "ma_cmf") else 6)
+    assert tokens.shape == (*real.shape, 8) and real.shape[1] == (6 if fusion.kind in ("text", "gap", "gmp") else 11)
     order = torch.tensor([2, 0, 3, 1])
     close(fusion(patches[order], words[order], mask[order])[0], tokens[order])
     close(fusion(patches[1:2], words[1:2], mask[1:2])[0], tokens[1:2])
@@ -96,6 +97,53 @@ def test_memory_that_draws_no_attention_is_no_memory(studies):
     fusion.image_memory.data.fill_(-1e3)
     fusion.word_memory.data.fill_(-1e3)
     close(fusion(*studies)[0], plain(*studies)[0])
+
+
+# co-attention
+
+
+@pytest.fixture
+def co_attention():
+    torch.manual_seed(0)
+    return CoAttention(8, heads=2, layers=3).double().eval()
+
+
+def test_each_stream_of_co_attention_learns_from_both(co_attention, studies):
+    patches, words, mask = studies
+    x, w = patches.clone().requires_grad_(), words.clone().requires_grad_()
+    for output in co_attention.attend(x, w, mask):
+        for grad in torch.autograd.grad((output * torch.randn_like(output)).sum(), (x, w), retain_graph=True):
+            assert (grad.flatten(1).abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("junk", [0.0, math.nan])
+def test_word_maps_ignore_padding_and_follow_the_patches(co_attention, studies, junk):
+    patches, words, mask = studies
+    maps, order = co_attention.word_maps(*studies), torch.tensor([4, 2, 0, 1, 3])
+    close(maps.sum(2), mask.double())
+    close(co_attention.word_maps(patches[:, order], words, mask), maps[..., order])
+    wide = F.pad(words.masked_fill(~mask[..., None], junk), (0, 0, 0, 3), value=junk)
+    again = co_attention.word_maps(patches, wide, F.pad(mask, (0, 3)))
+    close(again[:, :6], maps)
+    assert not again[:, 6:].any()
+    assert not co_attention.word_maps(patches, words, torch.zeros_like(mask)).any()
+
+
+def test_word_maps_are_what_the_last_layer_uses(co_attention, studies):
+    inputs = []
+    attention = co_attention.word_layers[-1].multihead_attn
+    attention.register_forward_hook(lambda _, given, output: inputs.append(given))
+    co_attention.attend(*studies)
+    weights = attention(*inputs[0])[1]
+    close(co_attention.word_maps(*studies), weights * studies[2][..., None])
+
+
+def test_dropout_of_co_attention_acts_in_training_only(studies):
+    torch.manual_seed(0)
+    fusion = CoAttention(8, heads=2, layers=1, dropout=0.5).double()
+    assert not torch.equal(fusion(*studies)[0], fusion(*studies)[0])
+    fusion.eval()
+    assert torch.equal(fusion(*studies)[0], fusion(*studies)[0])
 
 
 # the image decoder
