@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['vqa_rad']
 
-# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #0c055a02
+# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #58330673
 from pathlib import Path
 import pandas as pd
-from .base import one_hot, read_json
-from ..studies import StudyError
+from .base import one_hot, read_questions
 
-# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #b5f77801
+# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #155241f0
 _KEYS = ["image_name", "question", "answer", "answer_type", "question_type"]
+_LAYOUT = "VQA-RAD needs trainset.json, testset.json and images/."
 
 
 def _question(row, split):
@@ -25,17 +25,6 @@ def _question(row, split):
         split=split,
         organ=row.get("image_organ", "").lower(),
     )
-
-
-def _read_questions(path: Path) -> list[dict]:
-    "The questions of one part as they are in the file"
-    if not path.is_file():
-        raise StudyError(f"{path}: no such file. VQA-RAD needs trainset.json, testset.json and images/.")
-    rows = read_json(path)
-    for i, row in enumerate(rows):
-        if missing := set(_KEYS) - set(row):
-            raise StudyError(f"{path}, question {i + 1}: no {', '.join(sorted(missing))}")
-    return rows
 
 # %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #003a1243
 def _study(folder, image, questions):
@@ -56,7 +45,7 @@ def _study(folder, image, questions):
         image_organ=organ,
     )
 
-# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #4d0424a7
+# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #09377925
 def vqa_rad(
     folder: str | Path,  # contains trainset.json, testset.json and images/
 ) -> pd.DataFrame:  # canonical columns, then image_organ; each question also has `split`
@@ -64,7 +53,7 @@ def vqa_rad(
     folder = Path(folder)
     by_image = {}
     for split in ("train", "test"):
-        for row in _read_questions(folder / f"{split}set.json"):
+        for row in read_questions(folder / f"{split}set.json", _KEYS, _LAYOUT):
             by_image.setdefault(row["image_name"], []).append(_question(row, split))
     studies = pd.DataFrame([_study(folder, image, questions) for image, questions in by_image.items()])
     studies.attrs = dict(
