@@ -27,7 +27,7 @@ TINY = dict(
         learning_rate=1e-3,
         log_steps=1,
     ),
-    runs=dict(methods=["convirt"], seeds=[0]),
+    runs=dict(methods=["convirt"], fused=[], seeds=[0]),
     tasks={task: dict(data=[], methods=[]) for task in TASKS},
     figures=dict(data="toy"),
 )

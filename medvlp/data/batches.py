@@ -65,7 +65,7 @@ class _Pixels:
         "A pickled copy, such as a spawned worker receives, shares no memory and decodes each time"
         return dict(images=self.images, sizes=None)
 
-# %% ../../nbs/1_data/07_batches.ipynb #7ce1a336
+# %% ../../nbs/1_data/07_batches.ipynb #1b2bf466
 class StudyDataset(Dataset):
     "Prepared studies as image tensor and report; an item is addressed by (epoch, index), or by index alone for epoch 0"
 
@@ -78,25 +78,32 @@ class StudyDataset(Dataset):
         sentences: float = 1.0,  # probability of keeping a sentence of the report, see data.reports
         shuffle: bool = False,  # whether the order of the sentences is random
         *,
+        two_views: bool = False,  # a second, independent augmentation of image and report
+        targets: dict | None = None,  # {name: [N,...]}, a tensor with a row for each study, which goes along with it
         cache_mb: int = 512,  # decode images only once if the pixels of all fit into so many megabytes; 0: never
     ):
         self.reports = studies.select_columns(["findings", "impression"])
         self.images = _Pixels(studies, cache_mb * 2**20)
         self.transform, self.sections, self.seed = transform, sections, seed
         self.sentences, self.shuffle = sentences, shuffle
+        self.two_views, self.targets = two_views, targets or {}
 
     def __len__(self):
         return len(self.reports)
 
-    def __getitem__(self, key) -> dict:  # image [1,H,W], report, address
+    def __getitem__(self, key) -> dict:  # image [1,H,W], report, address; view_image, view_report; a row of each target
         epoch, i = key if isinstance(key, tuple) else (0, key)
+        item = self._view(i, self.seed, epoch, i) | dict(address=address(self.seed, epoch, i))
+        if self.two_views:
+            item |= {f"view_{name}": x for name, x in self._view(i, self.seed, epoch, i, 1).items()}
+        return item | {name: rows[i] for name, rows in self.targets.items()}
+
+    def _view(self, i, *key):
+        "Image and report, augmented by their address"
         report, image = report_text(self.reports[i], self.sections), self.images[i]
-        with seeded(self.seed, epoch, i):
-            return dict(
-                image=self.transform(image),
-                report=sample_sentences(report, self.sentences, self.shuffle),
-                address=address(self.seed, epoch, i),
-            )
+        with seeded(*key):
+            image = self.transform(image)
+            return dict(image=image, report=sample_sentences(report, self.sentences, self.shuffle))
 
 # %% ../../nbs/1_data/07_batches.ipynb #b50827c8
 class EpochSampler(Sampler):
@@ -125,7 +132,7 @@ class AddressedSampling:
     def _get_train_sampler(self, dataset=None):
         return EpochSampler(len(self.train_dataset), self.args.seed, lambda: int(self.state.epoch or 0))
 
-# %% ../../nbs/1_data/07_batches.ipynb #19c0bbe8
+# %% ../../nbs/1_data/07_batches.ipynb #9658f2f0
 class Collate:
     "A list of items to the tensors that a method's forward takes"
 
@@ -139,12 +146,19 @@ class Collate:
 
     def __call__(
         self, items: list[dict]
-    ) -> dict:  # images [B,1,H,W]; input_ids, attention_mask, word_ids [B,T]; addresses [B] int64
-        batch = dict(images=torch.stack([o["image"] for o in items]))
-        batch |= encode(self.tokenizer, [o["report"] for o in items], self.max_tokens)
+    ) -> dict:  # images [B,1,H,W]; input_ids, attention_mask, word_ids [B,T]; addresses [B] int64; views and targets
+        batch = self._pairs(items)
+        if "view_image" in items[0]:
+            batch |= {f"view_{name}": x for name, x in self._pairs(items, "view_").items()}
         if self.addresses:
             batch["addresses"] = torch.tensor([o["address"] for o in items])
-        return batch
+        targets = items[0].keys() - {"image", "report", "address", "view_image", "view_report"}
+        return batch | {name: torch.stack([o[name] for o in items]) for name in sorted(targets)}
+
+    def _pairs(self, items, prefix=""):
+        "Images and tokens of one view"
+        images = torch.stack([o[f"{prefix}image"] for o in items])
+        return dict(images=images) | encode(self.tokenizer, [o[f"{prefix}report"] for o in items], self.max_tokens)
 
 # %% ../../nbs/1_data/07_batches.ipynb #0796dca6
 def resolve_device(

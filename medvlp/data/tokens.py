@@ -65,10 +65,11 @@ def load_tokenizer(
         raise ValueError(f"{problem} Choose a model with a tokenizer.json.")
     return t
 
-# %% ../../nbs/1_data/03_tokens.ipynb #ac84b584
-def _training_questions(studies):
-    "Questions of the training split; a question without a split has that of its study"
-    return [q["question"] for questions in studies["questions"] for q in questions if q["split"] in ("", "train")]
+# %% ../../nbs/1_data/03_tokens.ipynb #6caca0f3
+def _training_text(study, sections):
+    "A study's report, or else its training questions with their answers; one without a split has that of its study"
+    questions = (q for q in study["questions"] if q["split"] in ("", "train"))
+    return report_text(study, sections) or "\n".join(f"{q['question']} {q['answer']}" for q in questions)
 
 
 def build_tokenizer(
@@ -77,12 +78,12 @@ def build_tokenizer(
     vocab_size: int,  # of a vocabulary that is trained
     name: str | None = None,  # of a published text encoder, whose tokenizer is used
 ):  # a fast tokenizer of transformers
-    "The tokenizer of a text encoder: loaded by name, or trained on the reports (on the questions if there are none)"
+    "The tokenizer of a text encoder: loaded by name, or trained on the reports (questions where there is no report)"
     if name:
         return load_tokenizer(name)
-    reports = [report_text(s, sections) for s in studies.select_columns(["findings", "impression"])]
-    reports = [t for t in reports if t]
-    return train_tokenizer(reports or _training_questions(studies), vocab_size)
+    columns = ["findings", "impression", "questions"]
+    texts = [_training_text(s, sections) for s in studies.select_columns(columns)]
+    return train_tokenizer([t for t in texts if t], vocab_size)
 
 # %% ../../nbs/1_data/03_tokens.ipynb #752aa5cd
 def encode(

@@ -76,7 +76,7 @@ def normed_projection(
     norms = nn.BatchNorm1d(width), nn.BatchNorm1d(dim, affine=False)
     return nn.Sequential(nn.Linear(width, width), norms[0], nn.ReLU(), nn.Linear(width, dim), norms[1])
 
-# %% ../../nbs/7_methods/00_base.ipynb #76d9b3cd
+# %% ../../nbs/7_methods/00_base.ipynb #50cabe8d
 _METHODS = {}  # name: class, filled as modules are imported
 
 
@@ -93,6 +93,10 @@ class Method(PreTrainedModel):
     accepts_loss_kwargs = False
     epoch = 0.0  # how far training has come; the trainer sets it, for terms that begin gently
     averages_embeddings = True  # whether the mean of several prompts' embeddings is an embedding itself
+    two_views = False  # whether it compares two augmentations of a study, which the trainer then passes on
+    second_stage: ClassVar[
+        dict
+    ] = {}  # options of a second pre-training that starts from the first; none: there is none
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -211,6 +215,17 @@ def check_data(
     n_pairs: int,  # images with a report in the training split
 ) -> None:
     "Raise `ValueError`, with the option's name and a remedy, if the method cannot be trained on so little data"
+
+# %% ../../nbs/7_methods/00_base.ipynb #a5158011
+@patch
+def study_targets(
+    self: Method,
+    studies,  # of load_studies
+    sections,  # of their reports
+    device: str = "cpu",
+) -> dict[str, Tensor]:  # {name: [N,...]}, a row for each study
+    "What `forward` is told about each study besides image and report; nothing unless a method overrides it"
+    return {}
 
 # %% ../../nbs/7_methods/00_base.ipynb #2760d06a
 class TokenProjection(nn.Module):

@@ -6,7 +6,7 @@
 __all__ = ['DownstreamOptions', 'Examples', 'stored_size', 'split_studies', 'parameter_groups', 'DownstreamTrainer', 'fit',
            'stage_checkpoints']
 
-# %% ../../nbs/8_training/02_downstream.ipynb #a69b44c7
+# %% ../../nbs/8_training/02_downstream.ipynb #741286c8
 import hashlib, json, shutil
 from pathlib import Path
 import numpy as np, torch
@@ -20,7 +20,7 @@ from ..data.images import eval_transform, train_transform
 from ..encoders.pretrained import DownstreamConfig, DownstreamModel
 from ..project.config import ComputeOptions, ConfigError, Fraction, Options
 from .loop import EarlyStopping, Guard, Progress, Timer, last_checkpoint
-from .loop import resolve_precision, resume, run_key
+from .loop import hash_weights, resolve_precision, resume, run_key
 
 # %% ../../nbs/8_training/02_downstream.ipynb #ef8339e1
 class DownstreamOptions(Options):
@@ -247,7 +247,7 @@ def fit(
     shutil.rmtree(folder, ignore_errors=True)
     return model.eval()
 
-# %% ../../nbs/8_training/02_downstream.ipynb #7ffceb74
+# %% ../../nbs/8_training/02_downstream.ipynb #50fb195e
 def _save_whole(model, file):
     "Write the weights under another name first, so that a file with this name is never a part"
     part = file.with_suffix(".part")
@@ -266,20 +266,13 @@ def _key(model, train, val, options, collate, seed, compute):
     device = resolve_device(compute.device)
     return run_key(
         config=model.config.to_dict(),
-        weights=_hash_weights(model),
+        weights=hash_weights(model),
         data=[train.fingerprint, val.fingerprint if val is not None else ""],
         collate={k: v.get_vocab() if hasattr(v, "get_vocab") else v for k, v in vars(collate).items()},
         options=options.model_dump(),
         seed=seed,
         compute=[device, resolve_precision(compute.precision, device), compute.deterministic],
     )
-
-
-def _hash_weights(model):
-    content = hashlib.sha256()
-    for name, x in model.state_dict().items():
-        content.update(name.encode() + x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return content.hexdigest()
 
 # %% ../../nbs/8_training/02_downstream.ipynb #1ed96163
 def stage_checkpoints(

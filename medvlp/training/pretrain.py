@@ -6,7 +6,7 @@
 __all__ = ['AugmentOptions', 'PretrainOptions', 'MethodTrainer', 'training_arguments', 'check_trainable', 'pretrain',
            'pretrain_stage', 'main']
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #a4f38cab
+# %% ../../nbs/8_training/01_pretrain.ipynb #6269432e
 import argparse
 import os
 import shutil
@@ -26,13 +26,23 @@ from ..data.batches import AddressedSampling, Collate, StudyDataset, resolve_dev
 from ..data.images import eval_transform, train_transform
 from ..data.prepare import check_writable, count_pairs, load_sets
 from ..data.studies import SPLITS
-from ..data.tokens import build_tokenizer
+from ..data.tokens import build_tokenizer, load_tokenizer
 from ..encoders.image import ImageEncoderOptions
 from ..encoders.text import TextEncoderOptions
-from ..methods.base import build_method
+from ..methods.base import build_method, load_method
 from ..project.config import ComputeOptions, ConfigError, Fraction, Options
 from ..project.stage import read_stage
-from .loop import Curves, EarlyStopping, Guard, Progress, Timer, resolve_precision, resume, run_key
+from medvlp.training.loop import (
+    Curves,
+    EarlyStopping,
+    Guard,
+    Progress,
+    Timer,
+    hash_weights,
+    resolve_precision,
+    resume,
+    run_key,
+)
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #22a5da2c
 class AugmentOptions(Options):
@@ -225,14 +235,15 @@ def _problems(options, n_train, n_val, model=None):
         problems.append(str(e))
     return problems
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #8000c517
-def _datasets(studies, image_size, options, seed):
+# %% ../../nbs/8_training/01_pretrain.ipynb #2b264f4b
+def _datasets(studies, model, options, seed, device):
     "Training and validation pairs as tensors on demand"
-    augment = options.augment
-    transform = train_transform(image_size, augment.degrees, augment.contrast)
-    how = dict(sentences=augment.sentences, shuffle=augment.shuffle)
-    train = StudyDataset(studies["train"], transform, options.sections, seed, **how)
-    return train, StudyDataset(studies["val"], eval_transform(image_size), options.sections, seed)
+    augment, size = options.augment, model.config.image["image_size"]
+    transforms = dict(train=train_transform(size, augment.degrees, augment.contrast), val=eval_transform(size))
+    vary = dict(train=dict(sentences=augment.sentences, shuffle=augment.shuffle), val={})
+    for name, part in studies.items():
+        extra = dict(two_views=model.two_views, targets=model.study_targets(part, options.sections, device))
+        yield StudyDataset(part, transforms[name], options.sections, seed, **vary[name], **extra)
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #aac10fa6
 def _fit_batch(options, n_train):
@@ -248,7 +259,7 @@ def _fit_batch(options, n_train):
         print(f"batch size {options.batch_size} -> {size}: there are {n_train} training pairs")
     return options.model_copy(update=dict(batch_size=size))
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #c1e8fc81
+# %% ../../nbs/8_training/01_pretrain.ipynb #84dc1840
 def pretrain(
     model,  # of methods.base, freshly built after set_seed
     tokenizer,  # of data.tokens
@@ -270,7 +281,7 @@ def pretrain(
             raise ConfigError(*problems)
     facts = dict(options=options.model_dump(), model=model.config.to_dict(), vocabulary=tokenizer.get_vocab())
     facts |= dict(compute=compute.model_dump(exclude={"checkpoint_minutes"}))
-    key = run_key(seed=seed, data=[d._fingerprint for d in studies.values()], **facts)
+    key = run_key(seed=seed, data=[d._fingerprint for d in studies.values()], weights=hash_weights(model), **facts)
     folder = Path(checkpoints) / f"{options.method}-{seed}-{key}"
     trainer = _make_trainer(model, tokenizer, studies, options, seed, compute, folder, curves)
     if options.epochs:
@@ -281,12 +292,12 @@ def pretrain(
     shutil.rmtree(folder, ignore_errors=True)
     return trainer
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #d8bfae1d
+# %% ../../nbs/8_training/01_pretrain.ipynb #9d0b5209
 def _make_trainer(model, tokenizer, studies, options, seed, compute, folder, curves):
     logging.disable_progress_bar()  # of each checkpoint
     if options.channels_last:
         model.image_encoder.to(memory_format=torch.channels_last)
-    train, val = _datasets(studies, model.config.image["image_size"], options, seed)
+    train, val = _datasets(studies, model, options, seed, resolve_device(compute.device))
     arguments = training_arguments(options, folder, seed=seed, compute=compute, n_val=len(val))
     if arguments.world_size > 1 and arguments.device.type == "cuda":
         # statistics over the whole batch, whichever GPU holds it
@@ -312,22 +323,24 @@ def _save(trainer, tokenizer, output):
     trainer.model.to("cpu", memory_format=torch.contiguous_format).save_pretrained(output)
     tokenizer.save_pretrained(output)
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #f37577dd
+# %% ../../nbs/8_training/01_pretrain.ipynb #6e75241e
 def pretrain_stage(
     stage,  # of project.stage
 ) -> Trainer:
-    "What the pipeline's stage `pretrain` does"
-    options, folders = stage.parse(PretrainOptions), stage.inputs["prepared"]
+    "What the pipeline's stages `pretrain` and `fuse` do; the latter starts from what the former saved"
+    options, folders, start = stage.parse(PretrainOptions), stage.inputs["prepared"], stage.inputs.get("start")
     studies = {split: load_sets(folders, split, options.sections) for split in ("train", "val")}
-    readable = studies["train"] if len(studies["train"]) else load_sets(folders, "train")
-    text = options.text_encoder
-    tokenizer = build_tokenizer(readable, options.sections, options.vocab_size, text.name)
+    text, image = options.text_encoder.model_dump(), options.image_encoder.model_dump()
+    read = (load_sets(folders, "train"), options.sections, options.vocab_size, text["name"])
+    tokenizer = load_tokenizer(start) if start else build_tokenizer(*read)
     set_seed(stage.seed)
-    image = options.image_encoder.model_dump()
-    model = build_method(options.method, image, text.model_dump(), len(tokenizer), **options.options)
+    model = build_method(options.method, image, text, len(tokenizer), **options.options)
+    if start:
+        model.load_state_dict(load_method(start).state_dict())
     sizes = f"{len(studies['train'])} pairs to train on, {len(studies['val'])} to validate"
     sizes += f" (images with {' or '.join(options.sections)})"
-    print(f"{stage.method}: {model.num_parameters():,} parameters; {sizes}")
+    trained = model.num_parameters(only_trainable=True)
+    print(f"{stage.method}: {model.num_parameters():,} parameters, {trained:,} of them are trained; {sizes}")
     outputs = stage.outputs
     folders = dict(output=outputs["model"], curves=outputs["curves"], checkpoints=outputs["checkpoints"])
     return pretrain(model, tokenizer, studies, options, seed=stage.seed, compute=stage.compute, **folders)
