@@ -6,6 +6,7 @@ from torch import nn
 from medvlp.encoders.image import ImageEncoder
 from medvlp.encoders.masked import encode_visible, patch_mask
 from medvlp.fusion.coattention import CoAttention, build_fusion
+from medvlp.fusion.gated import GatedCrossAttention
 from medvlp.fusion.memory import KINDS, Fusion
 from medvlp.generation.image_decoder import ImageDecoder
 from medvlp.generation.report_decoder import ReportDecoder
@@ -144,6 +145,68 @@ def test_dropout_of_co_attention_acts_in_training_only(studies):
     assert not torch.equal(fusion(*studies)[0], fusion(*studies)[0])
     fusion.eval()
     assert torch.equal(fusion(*studies)[0], fusion(*studies)[0])
+
+
+# gated cross-attention
+
+
+@pytest.fixture(params=[True, False], ids=["gate", "no_gate"])
+def gated(request):
+    torch.manual_seed(0)
+    return GatedCrossAttention(8, heads=2, gate=request.param).double()
+
+
+@pytest.fixture
+def fused():
+    torch.manual_seed(1)
+    return torch.randn(3, 4, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+
+
+def test_gradients_of_gated_cross_attention(gated, fused):
+    x, vocabulary = fused
+    small = x[:2, :2].clone().requires_grad_(), vocabulary[:3].clone().requires_grad_()
+    assert torch.autograd.gradcheck(gated, small)
+    (gated(*small) * torch.randn(2, 2, 8)).sum().backward()
+    for name, p in gated.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
+
+
+def test_the_vocabulary_is_a_set_and_tokens_stand_alone(gated, fused):
+    x, vocabulary = fused
+    out, answers, order = gated(*fused), torch.tensor([3, 0, 4, 1, 2]), torch.tensor([2, 0, 1])
+    close(gated(x, vocabulary[answers]), out)
+    close(gated(x[order], vocabulary), out[order])
+    close(gated(x[1:2, 2:], vocabulary), out[1:2, 2:])
+    gate, attention = gated.weights(*fused)
+    close(gated.weights(x, vocabulary[answers])[1], attention[..., answers])
+    assert (gate == 1).all() if gated.gate is None else ((gate > 0) & (gate < 1)).all()
+    close(attention.sum(2), torch.ones(3, 4, dtype=torch.float64))
+
+
+def test_answers_are_encoded_once_for_the_whole_batch(gated, fused):
+    shapes = []
+    gated.answers.register_forward_hook(lambda _, inputs, output: shapes.append(inputs[0].shape))
+    gated.attention.register_forward_hook(lambda _, inputs, output: shapes.extend(i.shape for i in inputs))
+    gated(*fused)
+    assert shapes == [(1, 5, 8), (1, 12, 8), (1, 5, 8), (1, 5, 8)]
+
+
+def test_evaluation_gives_what_training_computes(gated, fused):
+    out = gated(*fused)
+    with torch.no_grad():
+        close(gated.eval()(*fused), out)
+        gated.float()
+        x, vocabulary = (t.float() for t in fused)
+        assert gated(1e4 * x, vocabulary).isfinite().all()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (gated(x, vocabulary) - out).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("answers", [0, 1])
+def test_a_vocabulary_without_a_choice_is_an_error(gated, fused, answers):
+    x, vocabulary = fused
+    with pytest.raises(ValueError, match=f"vocabulary has {answers} entries, but needs at least 2; take it from"):
+        gated(x, vocabulary[:answers])
 
 
 # the image decoder
