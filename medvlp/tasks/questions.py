@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['normalise_answer', 'question_table', 'answer_vocabulary', 'split_validation', 'lacking_questions', 'question_parts',
-           'QuestionExamples', 'CollateQuestions', 'count_truncated', 'majority_answers', 'answer_table',
-           'answer_scores', 'answer_metric_names', 'read_answers']
+           'QuestionExamples', 'CollateQuestions', 'count_truncated', 'with_other_images', 'majority_answers',
+           'token_f1', 'answer_table', 'answer_scores', 'answer_metric_names', 'read_answers', 'compare_answers',
+           'compare_seeds']
 
-# %% ../../nbs/9_tasks/00_questions.ipynb #f31dda07
+# %% ../../nbs/9_tasks/00_questions.ipynb #4b3c4f03
 import re, unicodedata
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from ..data.images import address
 from ..data.tokens import encode
-from .metrics.intervals import estimate, few_note, join_notes, resample, weighted_mean
+from .metrics.intervals import Estimate, estimate, few_note, join_notes, resample, weighted_mean
+from .metrics.text import bleu, bleu_sums
 from ..training.downstream import DownstreamOptions, Examples
 
 # %% ../../nbs/9_tasks/00_questions.ipynb #2f2ff5ed
@@ -29,17 +32,20 @@ def normalise_answer(
     words = re.findall(r"\d+(?:\.\d+)+|\w+", re.sub("['’]", "", text))
     return " ".join([w for w in words if w not in _ARTICLES] or words) or text
 
-# %% ../../nbs/9_tasks/00_questions.ipynb #b81f3e22
-_COLUMNS = ["study", "patient_id", "question", "answer", "closed", "kind", "split"]
+# %% ../../nbs/9_tasks/00_questions.ipynb #4e8d259e
+_COLUMNS = ["study", "patient_id", "question", "answer", "closed", "kind", "organ", "split"]
 
 
 def question_table(
     studies,  # of load_studies
-) -> pd.DataFrame:  # study (its row), patient_id, question, answer, closed, kind, split
-    "The questions of a prepared set with normalised answers, without those that lack a question or an answer"
+) -> pd.DataFrame:  # study (its row), patient_id, question, answer, closed, kind, organ, split
+    "The complete questions of a prepared set with normalised answers; attrs say how many are `incomplete`"
     rows = studies.select_columns(["patient_id", "split", "questions"])
     table = pd.DataFrame([_question(i, s, q) for i, s in enumerate(rows) for q in s["questions"]], columns=_COLUMNS)
-    return table[(table.question != "") & (table.answer != "")].astype(dict(closed=bool)).reset_index(drop=True)
+    complete = (table.question != "") & (table.answer != "")
+    table = table[complete].astype(dict(closed=bool)).reset_index(drop=True)
+    table.attrs["incomplete"] = int((~complete).sum())
+    return table
 
 
 def _question(row, study, q):
@@ -52,6 +58,7 @@ def _question(row, study, q):
         answer=answer,
         closed=form == "closed",
         kind=q["question_type"] or "other",
+        organ=q.get("organ") or "",
         split=q["split"] or study["split"],
     )
 
@@ -78,16 +85,19 @@ def split_validation(
     chosen = np.random.default_rng(seed).permutation(patients)[:n]
     return table.assign(split=table.split.mask((table.split == "train") & table.patient_id.isin(chosen), "val"))
 
-# %% ../../nbs/9_tasks/00_questions.ipynb #b0b66c54
+# %% ../../nbs/9_tasks/00_questions.ipynb #4dc2bd83
 def lacking_questions(
     table: pd.DataFrame,  # of `question_table`
     min_count: int = 1,  # of `answer_vocabulary`
 ) -> str:  # empty where nothing is lacking
     "Why the questions of a set cannot be used, in one line"
     train, test = (table[table.split == name] for name in ("train", "test"))
+    incomplete = table.attrs.get("incomplete", 0)
+    if not len(table) and not incomplete:
+        return "the set has no questions; give them as a column questions in metadata.csv"
     if not len(train) or not len(test):
-        counts = f"{len(train)} training and {len(test)} test questions with an answer"
-        return f"{counts}; both are needed, as a column questions in metadata.csv"
+        counts = f"{len(train)} training and {len(test)} test questions with an answer; both are needed"
+        return counts + (f" ({incomplete} lack a text or an answer)" if incomplete else "")
     known = answer_vocabulary(train.answer, min_count)
     if len(known) < 2:
         often = f"answers given at least min_count = {min_count} times in training"
@@ -175,6 +185,17 @@ def count_truncated(
     ids = tokenizer(list(questions), truncation=False, padding=False, verbose=False).input_ids
     return sum(len(i) > max_tokens for i in ids)
 
+# %% ../../nbs/9_tasks/00_questions.ipynb #5c137eb1
+def with_other_images(
+    table: pd.DataFrame,  # questions of `question_table`, of at least two patients
+    seed: int = 0,  # of the draw
+) -> pd.DataFrame:  # sorted by study; the index is that of `table`
+    "The same questions, each asked about the image of another patient"
+    patient = table.groupby("study").patient_id.first()
+    rng = np.random.default_rng(seed)
+    other = {study: rng.choice(patient.index[patient != p]) for study, p in patient.items()}
+    return table.assign(study=table.study.map(other)).sort_values("study", kind="stable")
+
 # %% ../../nbs/9_tasks/00_questions.ipynb #99efb474
 _MAJORITIES = dict(all=[], form=["closed"], kind=["closed", "kind"])
 
@@ -196,62 +217,169 @@ def _most_frequent(train, test, columns):
     known = {key: answer_vocabulary(group)[0] for key, group in train.groupby(columns).answer}
     return np.array([known.get(tuple(key), overall) for key in test[columns].values.tolist()], dtype=object)
 
-# %% ../../nbs/9_tasks/00_questions.ipynb #d97ebf58
-_MEASURES = ("accuracy", "blind", "gain", "unknown")
+# %% ../../nbs/9_tasks/00_questions.ipynb #d10d4e22
+def token_f1(
+    given: str,
+    truth: str,  # normalised answers
+) -> float:  # 0..1
+    "F1 of the words of an answer (SQuAD)"
+    words = [Counter(text.split()) for text in (given, truth)]
+    return 2 * (words[0] & words[1]).total() / max(words[0].total() + words[1].total(), 1)
+
+# %% ../../nbs/9_tasks/00_questions.ipynb #0b011046
+def _decodings(answered):
+    "{what a measure's name ends in: column} of the ways of answering"
+    return {c.removeprefix("given"): c for c in answered if c == "given" or re.fullmatch(r"given \(.+\)", c)}
+
+
+def _normalised(answered):
+    "The same with normalised answers of the models"
+    columns = {*_decodings(answered).values(), "blind", "shuffled"} & {*answered}
+    return answered.assign(**{c: answered[c].map(normalise_answer) for c in columns})
+
+
+def _correct(answered, train):
+    "[Q,M] what each question adds to the measures that are means"
+    right = {f"accuracy{ending}": answered[c] == answered.answer for ending, c in _decodings(answered).items()}
+    for column, difference in dict(blind="gain", shuffled="image effect").items():
+        if column in answered:
+            right[column] = answered[column] == answered.answer
+            right[difference] = right["accuracy"].astype(int) - right[column]
+    return pd.DataFrame(right | dict(unknown=~answered.answer.isin(train.answer))).astype(float)
+
+# %% ../../nbs/9_tasks/00_questions.ipynb #e73b66bf
+def _mean_scores(values, counts):
+    "{measure: value, low, high} of means over questions"
+    e = estimate(lambda c: weighted_mean(values, c), counts)
+    return dict(zip(values, zip(*e)))
+
+
+def _word_scores(answered, counts):
+    "{measure: value, low, high}: how many words of open answers are right"
+    found = {}
+    for ending, column in _decodings(answered).items():
+        pairs = answered[column], answered.answer
+        found[f"token F1{ending}"] = estimate(partial(weighted_mean, [*map(token_f1, *pairs)]), counts)
+        sums = bleu_sums(answered.answer, answered[column])
+        found[f"BLEU-1{ending}"] = estimate(partial(_bleu_1, sums), counts)
+    return found
+
+
+def _bleu_1(sums, counts):
+    return bleu(sums.sum(0) if counts is None else counts @ sums)[..., 0]
+
+# %% ../../nbs/9_tasks/00_questions.ipynb #42697bc0
+def _groups(answered):
+    "{all, open, closed, a kind or an organ: [Q] bool}, without empty ones"
+    groups = dict(all=pd.Series(True, answered.index), open=~answered.closed, closed=answered.closed)
+    groups |= {kind: answered.kind == kind for kind in sorted(answered.kind.unique())}
+    organs = sorted({*answered.get("organ", [])} - {""})
+    groups |= {f"organ {organ}": answered.organ == organ for organ in organs}
+    return {label: rows.values for label, rows in groups.items() if rows.any()}
 
 
 def answer_table(
-    answered: pd.DataFrame,  # test questions of `question_table` with the answers `given` and `blind`
+    answered: pd.DataFrame,  # test questions with the answers `given`; where known `given (...)`, `blind`, `shuffled`
     train: pd.DataFrame,  # the training questions
     n_resamples: int = 1000,  # of the test patients
-) -> pd.DataFrame:  # questions (all, open, closed or a kind), measure, value, low, high, majority, majority_of, n
-    "Accuracy with and without the image and what the image brings, with intervals over test patients"
+) -> pd.DataFrame:  # questions (all, open, ...), measure, value, low, high, n, majority, majority_of
+    "How well a model answers, and what the image brings, with intervals over test patients"
     name, guess = majority_answers(train, answered)
-    right, blind = (answered[column] == answered.answer for column in ("given", "blind"))
-    values = np.column_stack([right, blind, right.astype(int) - blind, ~answered.answer.isin(train.answer)])
-    counts = resample(answered.patient_id, n_resamples)
-    parts = dict(all=np.ones(len(answered), bool), open=~answered.closed.values, closed=answered.closed.values)
-    parts |= {kind: (answered.kind == kind).values for kind in sorted(answered.kind.unique())}
-    rows = []
-    for label, part in parts.items():
-        if not part.any():
-            continue
-        e = estimate(lambda c: weighted_mean(values[part], None if c is None else c[:, part]), counts)
+    answered, right = _normalised(answered), guess == answered.answer.values
+    values, counts, rows = _correct(answered, train), resample(answered.patient_id, n_resamples), []
+    for label, part in _groups(answered).items():
+        found = _mean_scores(values[part], counts[:, part])
+        found |= _word_scores(answered[part], counts[:, part]) if label == "open" else {}
+        facts = dict(n=int(part.sum()), majority=right[part].mean(), majority_of=name)
         rows += [
-            dict(questions=label, measure=m, value=v, low=low, high=high, n=int(part.sum()))
-            | dict(majority=(guess == answered.answer.values)[part].mean(), majority_of=name)
-            for m, v, low, high in zip(_MEASURES, *e)
+            dict(questions=label, measure=m, **Estimate(*map(float, e))._asdict(), **facts) for m, e in found.items()
         ]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/9_tasks/00_questions.ipynb #befc6590
-_NAMES = dict(
-    accuracy="accuracy", blind="accuracy without the image", gain="gain by the image", unknown="answers not in training"
-)
+# %% ../../nbs/9_tasks/00_questions.ipynb #304d4911
+_NAMES = {
+    "blind": "accuracy without the image",
+    "gain": "gain by the image",
+    "shuffled": "accuracy with another image",
+    "unknown": "answers not in training",
+}
 
 
 def answer_scores(
     table: pd.DataFrame,  # of `answer_table`
     note: str = "",  # what was left out
 ) -> pd.DataFrame:  # metric, overall, value, low, high, chance, n, note
-    "`accuracy`, `open accuracy`, `ABN accuracy`, with the majority as chance; the same without the image; the gain"
+    "`accuracy`, `open accuracy`, `ABN accuracy`, ... with the majority as chance, which for a difference is 0"
     label = table.questions.map(lambda q: "" if q == "all" else f"{q} ")
-    chance = table.majority.where(table.measure.isin(["accuracy", "blind"]), table.measure.map(dict(gain=0.0)))
+    guessed = table.measure.str.startswith(("accuracy", "blind", "shuffled"))
+    chance = table.majority.where(guessed, table.measure.map({"gain": 0.0, "image effect": 0.0}))
     overall = table.questions.isin(["all", "open", "closed"])
     columns = table[["value", "low", "high", "n"]]
-    metric = label + table.measure.map(_NAMES)
+    metric = label + table.measure.replace(_NAMES)
     notes = [join_notes(few_note({"test questions": n}), note) for n in table.n]
     return pd.DataFrame(dict(metric=metric, overall=overall, **columns, chance=chance, note=notes))
 
-# %% ../../nbs/9_tasks/00_questions.ipynb #077c2739
-def answer_metric_names() -> list[str]:  # * stands for a kind of question
+# %% ../../nbs/9_tasks/00_questions.ipynb #4a261012
+def answer_metric_names(
+    decodings=(),  # further ways of answering: free for the column `given (free)`
+    *,
+    shuffled: bool = False,  # whether there are answers about another image
+) -> list[str]:  # * stands for a kind of question or an organ
     "What `answer_scores` calls its measures"
-    return [kind + name for kind in ("", "open ", "closed ", "* ") for name in _NAMES.values()]
+    endings = ["", *(f" ({way})" for way in decodings)]
+    means = [f"accuracy{ending}" for ending in endings] + ["blind", "gain"]
+    means += [*["shuffled", "image effect"] * shuffled, "unknown"]
+    words = [f"{name}{ending}" for ending in endings for name in ("token F1", "BLEU-1")]
+    names = {"": means, "open ": means + words, "closed ": means, "* ": means}
+    return [label + _NAMES.get(name, name) for label, group in names.items() for name in group]
 
-# %% ../../nbs/9_tasks/00_questions.ipynb #8895a916
+# %% ../../nbs/9_tasks/00_questions.ipynb #a3ac7293
 def read_answers(
     output: str | Path,  # folder of the task's answers.csv
-) -> pd.DataFrame:  # test questions: study, patient_id, question, answer, closed, kind, split, given, blind
+) -> pd.DataFrame:  # test questions in the columns of `question_table`, then given and whatever else there is
     "The answers to the test questions beside the true ones"
     types = defaultdict(lambda: str, study=int, closed=bool)
     return pd.read_csv(Path(output) / "answers.csv", dtype=types, keep_default_na=False)
+
+# %% ../../nbs/9_tasks/00_questions.ipynb #4b1d6d4a
+def _advantage(a, b):
+    "[Q] 1 where only a is correct, -1 where only b is, else 0; ValueError for other questions"
+    keys = ["study", "question", "answer"]
+    if [*zip(*(a[key] for key in keys))] != [*zip(*(b[key] for key in keys))]:
+        problem = f"these are different test questions ({len(a)} and {len(b)})"
+        raise ValueError(f"{problem}; compare models that answered the same ones, in the same order")
+    a, b = (_normalised(frame) for frame in (a, b))
+    return (a.given == a.answer).values.astype(float) - (b.given == b.answer).values
+
+
+def _forms(answered):
+    "{all, open, closed: [Q] bool}"
+    return {label: rows for label, rows in _groups(answered).items() if label in ("all", "open", "closed")}
+
+
+def compare_answers(
+    a: pd.DataFrame,
+    b: pd.DataFrame,  # of `read_answers`, the same test questions
+    n_resamples: int = 1000,  # of the test patients
+) -> pd.DataFrame:  # questions (all, open, closed), value, low, high, n
+    "How much more accurate the first model is, with intervals over test patients"
+    advantage, counts = _advantage(a, b), resample(a.patient_id, n_resamples)
+    rows = []
+    for label, part in _forms(a).items():
+        e = estimate(partial(weighted_mean, advantage[part]), counts[:, part])
+        rows.append(dict(questions=label, **Estimate(*map(float, e))._asdict(), n=int(part.sum())))
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/9_tasks/00_questions.ipynb #f137727a
+def compare_seeds(
+    pairs: list[tuple],  # (a, b) of `read_answers`, a pair for each seed
+) -> pd.DataFrame:  # questions (all, open, closed), mean, std, p, seeds
+    "The mean difference in accuracy over seeds, its standard deviation, and p of a two-sided paired t-test"
+    from scipy.stats import ttest_1samp  # takes half a second to import
+
+    rows = []
+    for label, part in _forms(pairs[0][0]).items():
+        d = pd.Series([_advantage(a, b)[part].mean() for a, b in pairs])
+        p = ttest_1samp(d, 0).pvalue if d.std() > 0 else np.nan  # NaN as well for a single seed
+        rows.append(dict(questions=label, mean=d.mean(), std=d.std(), p=p, seeds=len(d)))
+    return pd.DataFrame(rows)
