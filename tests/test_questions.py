@@ -1,5 +1,6 @@
 """Questions and their scores: what a set may lack, other images, words, and comparisons of models"""
 
+import json
 from fnmatch import fnmatchcase
 
 import datasets
@@ -10,7 +11,9 @@ import pytest
 from scipy.stats import ttest_rel
 from torchmetrics.functional.text import squad
 
-from medvlp.data.prepare import png, study_features
+from medvlp.data.prepare import DataOptions, png, prepare_studies, study_features
+from medvlp.data.sources.slake import slake
+from medvlp.data.studies import StudyError
 from medvlp.tasks.questions import (
     answer_metric_names,
     answer_scores,
@@ -149,3 +152,15 @@ def test_comparisons_that_say_little():
         compare_answers(same, same[::-1])
     with pytest.raises(ValueError, match="at least two patients"):
         compare_answers(same[:6], same[:6])
+
+
+def test_slake_without_its_images(tmp_path):
+    row = dict(question="?", answer="CT", q_lang="en", answer_type="OPEN", content_type="Modality")
+    row |= dict(location="Lung", modality="CT")
+    for i, part in enumerate(("train", "validate", "test")):
+        rows = [row | dict(img_name=f"xmlab{i}/source.jpg")]
+        (tmp_path / f"{part}.json").write_text(json.dumps(rows))
+    with pytest.raises(StudyError) as error:
+        prepare_studies(slake(tmp_path), DataOptions(folder=str(tmp_path)))
+    assert "3 of 3 studies cannot be used" in str(error.value)
+    assert f"The path of an image is {tmp_path} / imgs / img_name" in str(error.value)
