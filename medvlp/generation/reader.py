@@ -42,7 +42,7 @@ def fusion_input(
     "The layers between an encoder and a fusion that is pre-trained with a method"
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
 
-# %% ../../nbs/6_generation/03_reader.ipynb #95575af2
+# %% ../../nbs/6_generation/03_reader.ipynb #0e3af5b4
 class ReaderConfig(DownstreamConfig):
     "What every model that answers questions records; subclasses add what they answer with"
 
@@ -59,6 +59,9 @@ class ReaderConfig(DownstreamConfig):
     blind: bool = False  # a black image instead of every image
 
 
+AutoConfig.register("question_reader", ReaderConfig, exist_ok=True)
+
+# %% ../../nbs/6_generation/03_reader.ipynb #510a33d4
 class QuestionReader(DownstreamModel):
     "A method's encoders, and a fusion of patches and question"
 
@@ -90,9 +93,6 @@ class QuestionReader(DownstreamModel):
         if self.config.blind:
             self.image_encoder.eval()
         return self
-
-
-AutoConfig.register("question_reader", ReaderConfig, exist_ok=True)
 
 # %% ../../nbs/6_generation/03_reader.ipynb #1e10e96f
 @patch
@@ -161,7 +161,7 @@ def build_reader(
     reader.tokenizer = tokenizer
     return reader
 
-# %% ../../nbs/6_generation/03_reader.ipynb #cfe8b014
+# %% ../../nbs/6_generation/03_reader.ipynb #59b60b40
 @patch
 def answer_batch(
     self: QuestionReader,
@@ -175,7 +175,7 @@ def answer_batch(
     "Answer a batch of questions"
     raise NotImplementedError(f"{type(self).__name__} must define answer_batch")
 
-
+# %% ../../nbs/6_generation/03_reader.ipynb #a78c9e1b
 @patch
 @torch.inference_mode()
 def answer(
