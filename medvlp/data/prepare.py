@@ -310,7 +310,7 @@ def _add_statements(studies):
     made = [statements(s) if b else s["findings"] for s, b in zip(studies.to_dict("records"), bare)]
     return studies.assign(findings=made)
 
-# %% ../../nbs/1_data/06_prepare.ipynb #d58dd29d
+# %% ../../nbs/1_data/06_prepare.ipynb #6caca3fe
 def prepare_studies(
     studies: pd.DataFrame,  # canonical columns
     options: DataOptions,
@@ -324,9 +324,10 @@ def prepare_studies(
     labels = sorted({k for known in studies.labels for k in known})
     _check_labels(labels, options.labels, option)
     reports = bool((studies.findings + studies.impression).str.strip().any())
+    expected = {split: reports and not (options.statements and split == "test") for split in SPLITS}
     policy = _policy(options, studies.attrs.get("label_policy", {}))
     rows = [
-        _prepare_study(study, options.image_size, labels, policy, reports, quarantine)
+        _prepare_study(study, options.image_size, labels, policy, expected[study["split"]], quarantine)
         for study in tqdm(studies.to_dict("records"), desc="prepare", unit="study")
     ]
     _check_loss(studies, quarantine, options, option)
