@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'at_least_float32', 'mask_padding', 'masked_softmax', 'masked_logsumexp', 'similarity', 'all_reduce',
-           'mean_over_processes', 'gather', 'both_ways', 'check_pairs', 'blockwise', 'gathered_scores']
+           'mean_over_processes', 'gather', 'gather_tokens', 'both_ways', 'check_pairs', 'blockwise', 'gathered_scores']
 
 # %% ../../nbs/4_losses/00_ops.ipynb #8f54964b
 from functools import partial
@@ -75,13 +75,15 @@ def all_reduce(
         dist.all_reduce(x, getattr(dist.ReduceOp, how))
     return x
 
-# %% ../../nbs/4_losses/00_ops.ipynb #db245f5c
+# %% ../../nbs/4_losses/00_ops.ipynb #88481227
 def mean_over_processes(
     total: Tensor,  # scalar, this process's sum
-    count: int,  # how many numbers it sums
+    count: int | Tensor,  # how many numbers it sums
 ) -> Tensor:  # scalar; its average over the processes is the mean of all numbers, 0 if there are none
     "The mean of numbers of which each process may hold a different count"
-    count, processes = all_reduce(total.new_tensor([count, 1]), "SUM")
+    counts = total.new_ones(2)
+    counts[0] = count
+    count, processes = all_reduce(counts, "SUM")
     return total * processes / count.clamp(min=1)
 
 # %% ../../nbs/4_losses/00_ops.ipynb #4cd000c5
@@ -106,6 +108,18 @@ def gather(
 ) -> Tensor:  # [W*B,...], process after process
     "Rows of all processes, differentiable; on one process `x` itself"
     return _Gather.apply(x) if _processes() > 1 else x
+
+# %% ../../nbs/4_losses/00_ops.ipynb #91998b16
+def gather_tokens(
+    tokens: Tensor,  # [B,L,d] of this process, B and d the same on all; L may differ
+    mask: Tensor,  # [B,L] bool, True for real tokens
+) -> tuple[Tensor, Tensor]:  # tokens [W*B,L',d] and mask [W*B,L'], L' the largest L of any process
+    "Tokens of all processes and their mask, differentiable; on one process the same two"
+    if _processes() > 1:
+        length = tokens.shape[1]
+        missing = int(all_reduce(torch.tensor(length, device=tokens.device), "MAX")) - length
+        tokens, mask = F.pad(tokens, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+    return gather(tokens), gather(mask)
 
 # %% ../../nbs/4_losses/00_ops.ipynb #553e563c
 def both_ways(
