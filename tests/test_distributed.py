@@ -2,14 +2,18 @@
 
 import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
+from medvlp.encoders.masked import addressed_noise
 from medvlp.losses.contrastive import info_nce
 from medvlp.losses.gla import global_alignment, local_alignment
 from medvlp.losses.groups import ThresholdGate, group, group_alignment
+from medvlp.losses.itm import draw_negatives, matching_loss, text_keys
 from medvlp.losses.matching import patch_word_losses, patch_word_scores
-from medvlp.losses.ops import both_ways, gather, gathered_scores
+from medvlp.losses.ops import both_ways, gather, gather_tokens, gathered_scores, similarity
 from medvlp.losses.pairwise import region_word, region_word_scores
 from medvlp.losses.prototypes import Prototypes, sinkhorn
+from medvlp.losses.soft import soft_alignment, soft_labels
 from medvlp.losses.tokenwise import CrossAttention, cross_token_alignment
+from medvlp.losses.transport import transport_distance
 from medvlp.methods.base import build_method
 
 
@@ -114,6 +118,46 @@ class Matched(Tokens):
         return sum(patch_word_losses(gathered_scores(patch_word_scores, patches, words, mask), self.temperature))
 
 
+class Mined(Tokens):
+    "Negatives by address, from all processes; reports 0, 5 and 6 have the same text, and report 1 has no words"
+
+    def __init__(self):
+        super().__init__()
+        self.match = nn.Linear(4, 2)
+        self.register_buffer("drawn", torch.zeros(8, 4))
+
+    def batch(self):
+        ids = torch.tensor([5, 9, 6, 7, 8, 5, 5, 4])[:, None].expand(8, 7)
+        return *super().batch(), ids, torch.arange(100, 108)
+
+    def forward(self, patches, words, mask, ids, addresses):
+        mask = mask & (ids != 9)  # one report has no words
+        longest = mask.sum(1).max()
+        patches, words, mask = self.heads[0](patches), self.heads[1](words[:, :longest]), mask[:, :longest]
+        images, texts = patches.mean(1), self.pooled(words, mask)
+        whole, keys = (gather(images), gather(texts)), text_keys(ids[:, :2], torch.ones_like(ids[:, :2]))
+        s = similarity(*whole).detach()
+        labels = soft_labels(s, scale=5), soft_labels(s.T, scale=5)
+        options = dict(temperature=0.5, excluded=keys[:, None] == gather(keys))
+        place = (gather(addresses)[None] == addresses[:, None]).double()  # rows of this process
+        noise = addressed_noise(addresses, 2, stream=2).T
+        report, found = draw_negatives(place @ s, noise[0], soft_labels=place @ labels[0], **options)
+        image, found_too = draw_negatives(place @ s.T, noise[1], soft_labels=place @ labels[1], **options)
+        self.drawn.copy_(gather(torch.stack([report, found, image, found_too], 1)))
+
+        all_words, all_mask = gather_tokens(words, mask)
+        negative = self.pooled(all_words[report], all_mask[report])
+        pairs = torch.cat([images * texts, images * negative, gather(patches)[image].mean(1) * texts])
+        matched = torch.arange(3).repeat_interleave(len(images)) == 0
+        counted = torch.cat([mask.any(1), found & mask.any(1), found_too])
+        matching = matching_loss(self.match(pairs), matched, counted)
+        transport = transport_distance(words, patches, mask).mean()
+        return matching + transport + soft_alignment(*whole, labels, temperature=0.2)
+
+    def pooled(self, words, mask):
+        return words.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
 class Whole(nn.Module):
     "A whole method: encoders, saliency, heads and all terms; batch norms evaluate, as syncing them needs GPUs"
 
@@ -202,6 +246,7 @@ LOSSES = [
     Grouped,
     Aligned,
     Matched,
+    Mined,
     Mgca,
     Gloria,
     Sparc,
@@ -280,3 +325,13 @@ def test_codes_of_two_processes_with_unequal_numbers_of_studies(processes):
     codes = torch.tensor(processes[0]["codes"] + processes[1]["codes"], dtype=torch.float64)
     torch.testing.assert_close(codes, sinkhorn(scores()), atol=1e-12, rtol=0)
     assert not torch.allclose(codes[:5], sinkhorn(scores()[:5]), atol=1e-3)
+
+
+def test_negatives_come_from_the_other_process_and_never_have_the_same_text():
+    alone = Mined().double()
+    alone(*alone.batch())
+    report, found, image, found_too = alone.drawn.long().T
+    assert found.all() and found_too.all()
+    assert (report // 4 != torch.arange(8) // 4).any() and (image // 4 != torch.arange(8) // 4).any()
+    keys = alone.batch()[3][:, 0]
+    assert (keys[report] != keys).all() and (keys[image] != keys).all()
