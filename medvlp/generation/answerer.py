@@ -62,11 +62,12 @@ class Candidates:
             node = node.get(token, {})
         return list(node) or [self.end]
 
-# %% ../../nbs/6_generation/04_answerer.ipynb #12e10f73
+# %% ../../nbs/6_generation/04_answerer.ipynb #bb4e61f9
 class AnswererConfig(ReaderConfig):
     model_type = "answerer"
     answers: list | None = None  # of training, the vocabulary
     answer_tokens: list | None = None  # the same as token numbers
+    max_answer_tokens: int = 0  # longest answer that it writes, [CLS] and [SEP] included
     vocabulary: str = "gated"  # how the tokens attend to it: gated, ungated or none
     decoder: dict | None = None  # sizes and token numbers, as BertConfig names them
     dropout: float = 0.1  # of the attention to the vocabulary, and of a fresh decoder
@@ -164,7 +165,7 @@ def forward(
     losses = self.answer_losses(*self.remember(patches[owner], boxes[owner], text), labels)
     return dict(loss=losses.sum() / (labels != -100).any(1).sum().clamp(min=1), losses=losses)
 
-# %% ../../nbs/6_generation/04_answerer.ipynb #0edab1f1
+# %% ../../nbs/6_generation/04_answerer.ipynb #de3676ef
 def build_answerer(
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is: its weights are copied
@@ -184,9 +185,10 @@ def build_answerer(
     sizes.setdefault("max_position_embeddings", max_answer_tokens or longest)
     sizes |= dict(bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id)
     config |= dict(decoder=sizes | dict(pad_token_id=tokenizer.pad_token_id), answers=list(answers))
-    limits = max_answer_tokens or longest, sizes["max_position_embeddings"]
-    tokens = answer_tokens(tokenizer, known, min(limits))[: len(answers)]
-    answerer = build_reader(Answerer, model, tokenizer, fusion, answer_tokens=tokens, **config)
+    limit = min(max_answer_tokens or longest, sizes["max_position_embeddings"])
+    tokens = answer_tokens(tokenizer, known, limit)[: len(answers)]
+    config |= dict(answer_tokens=tokens, max_answer_tokens=limit)
+    answerer = build_reader(Answerer, model, tokenizer, fusion, **config)
     if decoder:  # a published encoder has no cross-attention
         answerer.decoder.load_state_dict(answerer.decoder.state_dict() | network.state_dict())
     return answerer
@@ -301,7 +303,7 @@ def rank(
     losses = losses / candidates.lengths.to(losses.device)[chosen] ** length_penalty
     return [candidates.answers[i] for i in chosen.gather(1, losses.argmin(1, keepdim=True))[:, 0].tolist()]
 
-# %% ../../nbs/6_generation/04_answerer.ipynb #35bd807e
+# %% ../../nbs/6_generation/04_answerer.ipynb #5717c35a
 @patch
 def write(
     self: Answerer,
@@ -317,7 +319,7 @@ def write(
     written = self.decoder.generate(
         start,
         generation_config=GenerationConfig(
-            max_length=c.max_position_embeddings, num_beams=beams, do_sample=False, **tokens
+            max_length=self.config.max_answer_tokens, num_beams=beams, do_sample=False, **tokens
         ),
         prefix_allowed_tokens_fn=candidates and candidates.allowed,
         attention_mask=torch.ones_like(start),
@@ -352,7 +354,7 @@ def answer_from(
     written = self.write(memory, mask, candidates if decoding == "constrained" else None, **dict(beams=c.beams) | how)
     return [candidates.texts.get(ids) or tidy(self.tokenizer.decode(ids)) for ids in written]
 
-# %% ../../nbs/6_generation/04_answerer.ipynb #a537b243
+# %% ../../nbs/6_generation/04_answerer.ipynb #4aa495e6
 @patch
 def candidates(
     self: Answerer,
@@ -360,7 +362,7 @@ def candidates(
 ) -> Candidates:
     "Answers to choose from; ConfigError for one that is longer than the decoder takes"
     answers = answers or self.config.candidates or self.config.answers
-    return Candidates(self.tokenizer, answers, self.decoder.config.max_position_embeddings)
+    return Candidates(self.tokenizer, answers, self.config.max_answer_tokens)
 
 
 @patch
