@@ -1,6 +1,7 @@
 "Soft labels, transport and matching at the edges of their input"
 
 import pytest, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from medvlp.encoders.masked import addressed_noise
 from medvlp.losses.contrastive import info_nce
 from medvlp.losses.itm import draw_negatives, matching_loss, text_keys
@@ -154,3 +155,20 @@ def test_keys_of_long_texts():
     assert len(keys.unique()) == 4000
     longer = [torch.nn.functional.pad(x, (0, 64), value=v) for x, v in ((ids, 9), (everything, 0))]
     assert torch.equal(text_keys(*longer), keys[:2000])
+
+
+def test_nothing_waits_for_numbers():
+    "Fake tensors have no numbers: reading one, which would wait for the GPU, is an error"
+    with FakeTensorMode():
+        a, b, tau = torch.randn(6, 5), torch.randn(6, 5), torch.ones(())
+        ids, mask = torch.ones(6, 7, dtype=torch.long), torch.ones(6, 7, dtype=torch.bool)
+        patches, words = torch.randn(6, 9, 5), torch.randn(6, 7, 5)
+        labels = soft_labels(similarity(a, b), scale=tau)
+        excluded = text_keys(ids, mask)[:, None] == text_keys(ids, mask)
+        noise = addressed_noise(ids[:, 0], 1, stream=2)[:, 0]
+        draw_negatives(similarity(a, b), noise, temperature=tau, excluded=excluded, soft_labels=labels)
+        soft_alignment(a, b, (labels, labels), temperature=tau)
+        transport_distance(words, patches, mask, torch.ones(6, 9, dtype=torch.bool))
+        matching_loss(a[:, :2], mask[:, 0], mask[:, 1])
+        with pytest.raises(Exception, match="data-dependent|DataDependent|_local_scalar_dense"):
+            noise.sum().item()
