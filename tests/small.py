@@ -55,6 +55,8 @@ PVT = dict(
 )
 BERT = dict(options=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
 MPMA = dict(rows=16, heads=2, slots=4, decoder_dim=32, decoder_heads=2, decoder_layers=1)
+AMF = dict(fusion_dim=24, heads=2, layers=1)
+OPTIONS = {"mpma": MPMA, "amf": AMF, "amf-fused": AMF | dict(phase="fuse")}
 
 
 def train(folder, run, method="convirt", minutes=5.0, device="cpu", seed=0):
@@ -70,9 +72,10 @@ def train(folder, run, method="convirt", minutes=5.0, device="cpu", seed=0):
     folder = Path(folder)
     studies = {s: load_studies(folder / "prepared", s, ["findings"]) for s in ("train", "val")}
     tokenizer = build_tokenizer(studies["train"], ["findings"], 100)
-    image = dict(mpma=VIT, adamatch=PVT).get(method, RESNET)
+    image, own = dict(mpma=VIT, adamatch=PVT).get(method, RESNET), OPTIONS.get(method, {})
+    method = method.removesuffix("-fused")
     set_seed(seed)
-    model = build_method(method, image, BERT, len(tokenizer), dim=16, **dict(mpma=MPMA).get(method, {}))
+    model = build_method(method, image, BERT, len(tokenizer), dim=16, **own)
     options = PretrainOptions(
         method=method,
         epochs=10,

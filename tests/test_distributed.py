@@ -161,7 +161,7 @@ class Mined(Tokens):
 class Whole(nn.Module):
     "A whole method: encoders, saliency, heads and all terms; batch norms evaluate, as syncing them needs GPUs"
 
-    options = {}
+    options, kind = {}, None
     image = dict(
         name="vit_tiny_patch16_224",
         image_size=32,
@@ -175,7 +175,9 @@ class Whole(nn.Module):
         sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
         dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         text = dict(saliency=True, options=sizes | dropout)
-        self.method = build_method(type(self).__name__.lower(), self.image, text, vocab_size=50, dim=8, **self.options)
+        self.method = build_method(
+            self.kind or type(self).__name__.lower(), self.image, text, vocab_size=50, dim=8, **self.options
+        )
         self.method.epoch = 1.0  # prototypes are trained from here on
 
     def train(self, mode=True):
@@ -238,6 +240,27 @@ class Adamatch(Whole):
     )
 
 
+class Amf(Whole):
+    "Two views of each study; the average of the weights moves once"
+
+    options = dict(fusion_dim=12, heads=2, layers=1, positive=3.0)
+    image = Whole.image | dict(saliency=False)
+
+    def batch(self):
+        images, *tokens = super().batch()
+        return images, *tokens, torch.arange(100, 108), images.flip(3), *(x.flip(0) for x in tokens)
+
+    def forward(self, images, ids, attention, words, addresses, *view):
+        names = ("view_images", "view_input_ids", "view_attention_mask", "view_word_ids")
+        return self.method(images, ids, attention, words, addresses, **dict(zip(names, view)))["loss"]
+
+
+class Fused(Amf):
+    "The second pre-training: negatives from the other process"
+
+    options, kind = Amf.options | dict(phase="fuse"), "amf"
+
+
 LOSSES = [
     Contrastive,
     Prototypical,
@@ -253,6 +276,8 @@ LOSSES = [
     Aga,
     Mpma,
     Adamatch,
+    Amf,
+    Fused,
 ]
 
 
@@ -269,7 +294,7 @@ def worker(rank, world, file, results):
         value.backward()
         found[loss.__name__] = (
             value.item(),
-            [p.grad.tolist() for p in model.parameters()],
+            [p.grad.tolist() for p in model.parameters() if p.requires_grad],
             [b.tolist() for b in model.module.buffers()],
         )
     found["codes"] = sinkhorn(scores().split([5, 3])[rank]).tolist()
@@ -297,7 +322,7 @@ def test_two_processes_equal_one(processes, loss):
     if loss in (Contrastive, Regional, Aligned, Matched):
         assert abs(values[0] - values[1]) < 1e-12
     for found in grads:
-        for g, p in zip(found, alone.parameters(), strict=True):
+        for g, p in zip(found, (p for p in alone.parameters() if p.requires_grad), strict=True):
             torch.testing.assert_close(torch.tensor(g, dtype=torch.float64), p.grad, atol=1e-12, rtol=0)
     for found in buffers:
         for b, own in zip(found, alone.buffers(), strict=True):

@@ -44,9 +44,9 @@ def between_evaluations(folder):
 
 
 # aga has gates, buffers that change with every batch; mpma draws masks and has a ramp; adamatch learns its temperature
-# under LAMB
+# under LAMB; amf averages its weights, and draws negatives in its second pre-training
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-@pytest.mark.parametrize("method", ["convirt", "aga", "mpma", "adamatch"])
+@pytest.mark.parametrize("method", ["convirt", "aga", "mpma", "adamatch", "amf", "amf-fused"])
 def test_two_runs_give_equal_weights_and_a_killed_run_resumed_too(folder, method, device):
     first, second, killed = (f"{method}-{device}-{run}" for run in ("first", "second", "killed"))
     for run in (first, second):

@@ -212,6 +212,19 @@ def _published(name, tokenizer):
     logging.disable_progress_bar()
     return BertForMaskedLM.from_pretrained(resolve_name(name))
 
+# %% ../../nbs/6_generation/04_answerer.ipynb #02d4e3fa
+@patch
+def score_answers(
+    self: Answerer,
+    patches: Tensor,  # [Q,N,D]
+    boxes: Tensor,  # [Q,N,4]
+    text,  # TextFeatures, all of `question_features`
+    answers: list[str],  # Q of them, in any words
+) -> Tensor:  # [Q], higher is likelier
+    "The mean log-probability of the tokens of an answer to each question"
+    tokens = answer_tokens(self.tokenizer, answers, self.config.max_answer_tokens)
+    return -self.answer_losses(*self.remember(patches, boxes, text), pad_answers(tokens).to(patches.device))
+
 # %% ../../nbs/6_generation/04_answerer.ipynb #a776c760
 _PACK = 64  # tokens in a row, about
 
@@ -360,7 +373,7 @@ def answer_from(
     written = self.write(memory, mask, candidates if decoding == "constrained" else None, **dict(beams=c.beams) | how)
     return [candidates.texts.get(ids) or tidy(self.tokenizer.decode(ids)) for ids in written]
 
-# %% ../../nbs/6_generation/04_answerer.ipynb #ece4ddaf
+# %% ../../nbs/6_generation/04_answerer.ipynb #76737846
 @patch
 def candidates(
     self: Answerer,
@@ -384,16 +397,3 @@ def answer_batch(
     "Answer a batch of questions"
     asked = self.question_features(images, owner, input_ids, attention_mask, word_ids)
     return self.answer_from(*self.remember(*asked), **how)
-
-
-@patch
-def score_answers(
-    self: Answerer,
-    patches: Tensor,  # [Q,N,D]
-    boxes: Tensor,  # [Q,N,4]
-    text,  # TextFeatures, all of `question_features`
-    answers: list[str],  # Q of them, in any words
-) -> Tensor:  # [Q], higher is likelier
-    "The mean log-probability of the tokens of an answer to each question"
-    tokens = answer_tokens(self.tokenizer, answers, self.config.max_answer_tokens)
-    return -self.answer_losses(*self.remember(patches, boxes, text), pad_answers(tokens).to(patches.device))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'at_least_float32', 'mask_padding', 'masked_softmax', 'masked_logsumexp', 'similarity', 'all_reduce',
-           'mean_over_processes', 'gather', 'gather_tokens', 'both_ways', 'check_pairs', 'blockwise', 'gathered_scores']
+           'mean_over_processes', 'gather', 'own_rows', 'gather_tokens', 'both_ways', 'check_pairs', 'blockwise',
+           'gathered_scores']
 
 # %% ../../nbs/4_losses/00_ops.ipynb #8f54964b
 from functools import partial
@@ -108,6 +109,13 @@ def gather(
 ) -> Tensor:  # [W*B,...], process after process
     "Rows of all processes, differentiable; on one process `x` itself"
     return _Gather.apply(x) if _processes() > 1 else x
+
+# %% ../../nbs/4_losses/00_ops.ipynb #a95904dc
+def own_rows(
+    x: Tensor,  # [W*B,...] in the order of `gather`, the same on all processes
+) -> Tensor:  # [B,...]
+    "This process's part of gathered rows; on one process `x` itself"
+    return x.chunk(_processes())[dist.get_rank()] if _processes() > 1 else x
 
 # %% ../../nbs/4_losses/00_ops.ipynb #91998b16
 def gather_tokens(
