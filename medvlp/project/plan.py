@@ -22,7 +22,7 @@ from .code import code_behind
 from .config import ComputeOptions, ConfigError, Options, did_you_mean, merge, read_experiment, validate
 from .stage import Stage, enter_project, write_stage
 
-# %% ../../nbs/0_project/04_plan.ipynb #880e2e39
+# %% ../../nbs/0_project/04_plan.ipynb #d591b937
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]  # it becomes part of commands and paths
 
 
@@ -49,7 +49,8 @@ class RunsOptions(Options):
     def _fused_are_methods(self):
         for name in self.fused:
             if name not in self.methods:
-                raise ValueError(f'fused: there is no "{name}" under methods: {did_you_mean(name, self.methods)}')
+                known = did_you_mean(name, self.methods)
+                raise ValueError(f'fused: there is no "{name}" under methods: {known}; fused: [] for none')
         for name in self.methods:
             if name.endswith(FUSED):
                 raise ValueError(f'methods: "{name}": names that end in {FUSED} are those of second pre-trainings')
