@@ -5,41 +5,39 @@
 # %% auto #0
 __all__ = ['answer_maps', 'answer_examples', 'plot_answers']
 
-# %% ../../nbs/figures/08_answers.ipynb #f0f661b3
+# %% ../../nbs/figures/08_answers.ipynb #7ab2e3dd
 import pandas as pd, torch, matplotlib.pyplot as plt
 from torch import Tensor
 from .heatmaps import COLOURS, draw_map, is_flat, top_weight
 from .samples import different_patients
 from .style import figure_style, sheet, wrap_text
-from ..tasks.answer import AnswerModel
+from ..generation.reader import QuestionReader
 from ..tasks.questions import CollateQuestions, QuestionExamples
 
-# %% ../../nbs/figures/08_answers.ipynb #8172a8f3
+# %% ../../nbs/figures/08_answers.ipynb #e94dda5f
 def _cam(
     patches: Tensor,  # [Q,N,D]
-    gradient: Tensor,  # [Q,N,D] of the answer's logit with respect to them
-) -> Tensor:  # [Q,N] at least 0, rows sum to 1, or to 0 where no place raises the logit
+    gradient: Tensor,  # [Q,N,D] of the answer's score with respect to them
+) -> Tensor:  # [Q,N] at least 0, rows sum to 1, or to 0 where no place raises the score
     "Grad-CAM (Selvaraju et al. 2017, Eq. 1-2) on patches"
     m = (patches * gradient.mean(1, keepdim=True)).sum(-1).relu()
     return m / m.sum(1, keepdim=True).clamp(min=torch.finfo(m.dtype).tiny)
 
-# %% ../../nbs/figures/08_answers.ipynb #5848cf62
+# %% ../../nbs/figures/08_answers.ipynb #0691165e
 def answer_maps(
-    model: AnswerModel,  # in evaluation mode
+    model: QuestionReader,  # with either head, in evaluation mode
     batch: dict,  # of tasks.questions.CollateQuestions
-    chosen: Tensor | None = None,  # [Q] indices of the answers to explain; None: the most likely ones
+    answers: list[str] | None = None,  # to explain, one for each question; None: those that the model gives
 ) -> tuple[Tensor, tuple[int, int]]:  # [Q,N] of `_cam`; (rows, columns) of the patches
     "For a batch of questions, the part of the image that each answer depends on"
-    batch = {k: x.to(next(model.parameters()).device) for k, x in batch.items()}
+    batch = {k: x.to(model.device) for k, x in batch.items() if k != "labels"}
     with torch.no_grad():
-        patches, boxes = model.patch_tokens(batch["images"])
-        text = model.text_encoder(*(batch[k] for k in ("input_ids", "attention_mask", "word_ids")))
+        patches, boxes, text = model.question_features(**batch)
         grid = model.image_encoder(batch["images"][:1]).grid
+        answers = model.answer_batch(**batch) if answers is None else answers
     with torch.enable_grad():
-        v = patches[batch["owner"]].requires_grad_()
-        logits = model.classify(v, boxes[batch["owner"]], text)
-        chosen = logits.argmax(1) if chosen is None else chosen
-        (g,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), v)
+        v = patches.requires_grad_()
+        (g,) = torch.autograd.grad(model.score_answers(v, boxes, text, answers).sum(), v)
     return _cam(v.detach(), g).cpu(), grid
 
 # %% ../../nbs/figures/08_answers.ipynb #033575b5
@@ -58,19 +56,18 @@ def _choose_questions(
         shown.append(i)
     return table.loc[shown]
 
-# %% ../../nbs/figures/08_answers.ipynb #f9086872
+# %% ../../nbs/figures/08_answers.ipynb #2761a9af
 def answer_examples(
-    model: AnswerModel,  # in evaluation mode
+    model: QuestionReader,  # with either head, in evaluation mode
     studies,  # the set that the questions are about
     answered: pd.DataFrame,  # its test questions, of tasks.questions.read_answers
     n: int = 8,  # at most
 ) -> list[dict]:  # question, given, answer; image [H,W]; map [N], grid
     "Test questions with the answers given and their maps"
-    shown, answers = _choose_questions(answered, studies["patient_id"][:], n), model.config.answers
-    data = QuestionExamples(studies, shown, answers, model.config.image["image_size"])
+    shown = _choose_questions(answered, studies["patient_id"][:], n)
+    data = QuestionExamples(studies, shown, [], model.config.image["image_size"])
     batch = CollateQuestions(model.tokenizer, model.config.max_tokens)([data[i] for i in range(len(data))])
-    given = torch.tensor([answers.index(a) for a in shown.given], device=model.device)
-    maps, grid = answer_maps(model, batch, given)
+    maps, grid = answer_maps(model, batch, list(shown.given))
     texts = shown[["question", "given", "answer"]].to_dict("records")
     images = batch["images"][:, 0].cpu()
     return [t | dict(image=i.numpy(), map=m.numpy(), grid=grid) for t, i, m in zip(texts, images, maps)]

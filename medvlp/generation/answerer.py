@@ -212,17 +212,17 @@ def _published(name, tokenizer):
     logging.disable_progress_bar()
     return BertForMaskedLM.from_pretrained(resolve_name(name))
 
-# %% ../../nbs/6_generation/04_answerer.ipynb #02d4e3fa
+# %% ../../nbs/6_generation/04_answerer.ipynb #fd8d25e1
 @patch
 def score_answers(
     self: Answerer,
     patches: Tensor,  # [Q,N,D]
     boxes: Tensor,  # [Q,N,4]
     text,  # TextFeatures, all of `question_features`
-    answers: list[str],  # Q of them, in any words
+    answers: list[str],  # Q of them, in any words; what the decoder cannot take does not count
 ) -> Tensor:  # [Q], higher is likelier
     "The mean log-probability of the tokens of an answer to each question"
-    tokens = answer_tokens(self.tokenizer, answers, self.config.max_answer_tokens)
+    tokens = [ids[: self.config.max_answer_tokens] for ids in answer_tokens(self.tokenizer, answers)]
     return -self.answer_losses(*self.remember(patches, boxes, text), pad_answers(tokens).to(patches.device))
 
 # %% ../../nbs/6_generation/04_answerer.ipynb #a776c760
