@@ -1,4 +1,4 @@
-"""One trainer for three tasks: same seed, same weights; killed and resumed, same weights; saved models work elsewhere.
+"""One trainer for all tasks: same seed, same weights; killed and resumed, same weights; saved models work elsewhere.
 
 As a script: train KIND in FOLDER, to be killed.
 """
@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from medvlp.data.prepare import png, study_features
 from medvlp.data.tokens import train_tokenizer
+from medvlp.generation.answerer import Answerer
 from medvlp.generation.reporter import Reporter
 from medvlp.methods.base import build_method
 from medvlp.project.config import ComputeOptions
@@ -23,7 +24,7 @@ from medvlp.tasks.questions import answer_vocabulary, question_table
 from medvlp.tasks.report import ReportOptions, train_reporter
 from medvlp.training.downstream import EarlyStopping, split_studies
 
-KINDS = dict(classifier=Classifier, reporter=Reporter, answer=AnswerModel)
+KINDS = dict(classifier=Classifier, reporter=Reporter, answer=AnswerModel, decoder=Answerer)
 SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
 BUDGET = dict(epochs=3, min_steps=0, patience=0, batch_size=6, learning_rate=1e-2, encoder_learning_rate=1e-3)
 CPU = ComputeOptions(device="cpu", precision="fp32")
@@ -65,7 +66,7 @@ def make(n=32):
 
 
 def train(kind, folder, seed=0, wrong_validation=False, **changes):
-    "Train one of the three models with checkpoints in FOLDER/checkpoints; call again to resume"
+    "Train one of the models with checkpoints in FOLDER/checkpoints; call again to resume"
     studies, tokenizer, method = make()
     place = dict(seed=seed, compute=CPU, checkpoints=folder / "checkpoints")
     budget = BUDGET | changes
@@ -79,7 +80,8 @@ def train(kind, folder, seed=0, wrong_validation=False, **changes):
         sizes = dict(hidden_size=16, layers=1, heads=2, max_tokens=16)
         options = ReportOptions(**budget, **sizes, sections=["findings"])
         return train_reporter(method, tokenizer, split_studies(studies), options, **place)
-    table, options = question_table(studies), AnswerOptions(**budget, dim=16, questions_per_study=1)
+    head = dict(head="decoder" if kind == "decoder" else "classifier", decoder_layers=1)
+    table, options = question_table(studies), AnswerOptions(**budget, **head, dim=16, questions_per_study=1)
     parts = {name: table[table.split == name] for name in ("train", "val")}
     answers = answer_vocabulary(parts["train"].answer)
     return train_answer_model(method, tokenizer, studies, parts, answers, options, **place)
@@ -99,7 +101,7 @@ def differs(a, b):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    "The three models, trained without an interruption"
+    "The models, trained without an interruption"
     return {kind: train(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
 
 
@@ -118,7 +120,7 @@ def crash_at(monkeypatch, step):
     monkeypatch.setattr(EarlyStopping, "on_step_end", on_step_end)
 
 
-@pytest.mark.parametrize("kind, steps", [("classifier", [6]), ("reporter", [9]), ("answer", [6, 9])])
+@pytest.mark.parametrize("kind, steps", [("classifier", [6]), ("reporter", [9]), ("answer", [6, 9]), ("decoder", [9])])
 def test_crashed_run_resumes_to_equal_weights(whole, kind, steps, tmp_path, monkeypatch):
     for step in steps:  # of 12, four in an epoch: in the middle of one, and at the beginning of the next
         crash_at(monkeypatch, step)
@@ -193,7 +195,7 @@ def test_killed_process_resumes_to_equal_weights(whole, tmp_path):
 def test_frozen_encoder_is_unchanged(kind, tmp_path):
     model, (_, _, method) = train(kind, tmp_path, epochs=1, encoder_learning_rate=0.0), make()
     assert_equal(getattr(model, model.encoder_names[0]), method.image_encoder)
-    if kind == "answer":
+    if kind in ("answer", "decoder"):
         assert_equal(model.text_encoder, method.text_encoder)
 
 
@@ -207,12 +209,13 @@ ELSEWHERE = """
 import json
 from medvlp.tasks.finetune import Classifier
 from medvlp.generation.reporter import Reporter
-from medvlp.tasks.answer import AnswerModel
+from medvlp.tasks.answer import load_answerer
 files = ["0.png", "1.png"]
 print(json.dumps(dict(
     classifier=Classifier.from_pretrained("classifier").predict(files).to_numpy().tolist(),
     reporter=Reporter.from_pretrained("reporter").write(files),
-    answer=AnswerModel.from_pretrained("answer").answer(files, ["What is it?", "What is it?"]),
+    answer=load_answerer("answer").answer(files, ["What is it?", "What is it?"]),
+    decoder=load_answerer("decoder").answer(files, ["What is it?", "What is it?"]),
 )))
 """
 

@@ -226,6 +226,7 @@ TRAINED = {
     "finetune": FinetuneOptions(fractions=[0.01, 0.1], **TRAINING),
     "report": ReportOptions(hidden_size=32, layers=1, heads=2, max_tokens=8, **TRAINING),
     "answer": AnswerOptions(dim=16, max_tokens=8, **TRAINING),
+    "answer by a decoder": AnswerOptions(head="decoder", dim=16, max_tokens=8, **TRAINING),
 }
 
 
@@ -239,7 +240,7 @@ def trained(mpma, tmp_path_factory):
         place |= dict(output=output / "model")
         if task == "finetune":
             return finetune(model, studies, label_frame(studies), TRAINED[task], **place)
-        return dict(report=report, answer=answer)[task](model, tok, studies, TRAINED[task], **place)
+        return dict(report=report).get(task, answer)(model, tok, studies, TRAINED[task], **place)
 
     with pytest.MonkeyPatch.context() as patch:  # starting Java takes seconds
         patch.setattr("medvlp.tasks.report.text_metrics", partial(text_metrics, java="no-java"))
@@ -253,7 +254,8 @@ def test_a_task_that_trains_gives_a_reason_or_a_note(name, task, trained):
     assert bool(reason) == (not len(scores)) and "\n" not in reason
     assert not len(scores[scores.value.isna() & (scores.note == "")]) and scores.metric.is_unique
     assert not scores.note.str.contains("Film").any() and "Film" not in reason
-    assert metric_problems([[task, metric] for metric in scores.metric], {task: TRAINED[task]}) == []
+    task_name = task.split()[0]
+    assert metric_problems([[task_name, metric] for metric in scores.metric], {task_name: TRAINED[task]}) == []
 
 
 def test_few_studies_are_noted_and_marked(results, trained, tmp_path):
