@@ -39,6 +39,21 @@ def prepare(source, output):
     prepare_set(DataOptions(folder=str(source), image_size=40), output)
 
 
+def write_clip(folder, tokenizer):
+    "A CLIP with random weights, and its preprocessing, as a model is on the hub"
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    torch.manual_seed(0)
+    layer = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    ids = dict(bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id, pad_token_id=0)
+    text = dict(vocab_size=len(tokenizer), max_position_embeddings=12) | ids | layer
+    config = CLIPConfig(text_config=text, vision_config=dict(image_size=32, patch_size=8) | layer, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder)
+    size = dict(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))
+    CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
+    return folder
+
+
 RESNET = dict(name="resnet10t", image_size=32)
 VIT = dict(
     name="vit_tiny_patch16_224",

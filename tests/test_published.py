@@ -10,10 +10,12 @@ from execnb.nbio import read_nb
 from omegaconf import OmegaConf
 from PIL import Image
 
+from medvlp.data.tokens import train_tokenizer
 from medvlp.project import plan
 from medvlp.project.config import read_experiment
 from medvlp.project.stage import RUNNER
-from small import BERT
+from medvlp.tasks.questions import read_answers
+from small import BERT, write_clip
 
 ROOT = Path(__file__).parent.parent
 FINDINGS = {
@@ -50,6 +52,43 @@ def write_mimic(folder):
     images.drop(columns="ViewPosition").to_csv(folder / "mimic-cxr-2.0.0-split.csv", index=False)
     images[["dicom_id", "ViewPosition"]].to_csv(folder / "mimic-cxr-2.0.0-metadata.csv", index=False)
     pd.DataFrame(labels).to_csv(folder / "mimic-cxr-2.0.0-chexpert.csv.gz", index=False)
+
+
+ASKED = [("Is the heart large?", ["Yes", "No"], "CLOSED"), ("Where is it?", ["left lung", "right lung"], "OPEN")]
+
+
+def questions(i, **form):
+    "Questions about an image, an open one and a closed one"
+    return [dict(question=q, answer=answers[i % 2], answer_type=kind) | form for q, answers, kind in ASKED]
+
+
+def picture(path, i):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(i).integers(0, 255, (72, 80), np.uint8)).save(path)
+
+
+def write_vqa_rad(folder):
+    "Six images with training questions, and three with test questions"
+    for part, numbers in dict(trainset=range(6), testset=range(6, 9)).items():
+        names = {i: f"synpic{i}.jpg" for i in numbers}
+        form = dict(question_type="PRES", image_organ="CHEST")
+        rows = [row for i, name in names.items() for row in questions(i, image_name=name, **form)]
+        write(folder / f"{part}.json", json.dumps(rows))
+        for i, name in names.items():
+            picture(folder / "images" / name, i)
+
+
+def write_slake(folder):
+    "Five images a split, each with a box, and with a question in Chinese beside those in English"
+    form = dict(content_type="Abnormality", location="Lung", modality="X-Ray")
+    for start, part in enumerate(("train", "validate", "test")):
+        rows = []
+        for i in range(5 * start, 5 * start + 5):
+            about = dict(form, img_name=f"xmlab{i}/source.jpg")
+            rows += [*questions(i, q_lang="en", **about), *questions(i, q_lang="zh", **about)[:1]]
+            picture(folder / "imgs" / f"xmlab{i}" / "source.jpg", i)
+            write(folder / "imgs" / f"xmlab{i}" / "detection.json", json.dumps([{"Left Lung": [5, 5, 30, 40]}]))
+        write(folder / f"{part}.json", json.dumps(rows))
 
 
 BERT_4 = dict(BERT["options"], num_hidden_layers=4)  # aga averages four layers
@@ -101,6 +140,15 @@ OWN_SIZES = dict(  # of each
         pretrain=dict(image_encoder=dict(options=PVT)),
         methods=dict(adamatch=dict(options=dict(dim=24))),
     ),
+    amf=dict(
+        data={name: dict(folder=name, image_size=64) for name in ("vqa-rad", "slake")},
+        pretrain=dict(image_encoder=dict(options=VIT)),
+        methods={
+            "amf": dict(options=dict(teacher="clip", dim=16, fusion_dim=24, heads=2, layers=1)),
+            "amf-fused": dict(epochs=1),
+        },
+        tasks=dict(answer=dict(decoder=None, decoder_layers=1, epochs=1, min_steps=0, batch_size=2, n_resamples=20)),
+    ),
 )
 
 
@@ -125,6 +173,9 @@ def project(tmp_path, monkeypatch):
     for name in ("nbs", "assets", "dvc.yaml"):
         Path(name).symlink_to(ROOT / name)
     write_mimic(tmp_path / "mimic")
+    write_vqa_rad(tmp_path / "vqa-rad")
+    write_slake(tmp_path / "slake")
+    write_clip(tmp_path / "clip", train_tokenizer([*FINDINGS.values()], 60, 1))
 
 
 @pytest.mark.parametrize("name", OWN_SIZES)
@@ -136,7 +187,7 @@ def test_an_experiment_runs_from_plan_to_scoreboard(name, project, capsys):
         run(stage)
     manifest, out = json.loads(Path("prepared/mimic-cxr/manifest.json").read_text()), capsys.readouterr().out
     assert manifest["label_policy"] == dict(blank="absent", uncertain="dropped")
-    laterals = name in ("aga", "adamatch")  # which read all views
+    laterals = name in ("aga", "adamatch", "amf")  # which read all views
     counts = manifest["splits"]["train"], manifest["sections"]["train"]
     n = 5 + laterals
     assert counts == (dict(studies=n, patients=5, pairs=n), dict(findings=4, impression=n))
@@ -144,6 +195,14 @@ def test_an_experiment_runs_from_plan_to_scoreboard(name, project, capsys):
     scores = pd.concat(map(pd.read_csv, Path("scores", name).rglob("*.csv"))).dropna(subset="value")
     measured, tasks = scores.groupby("task").method.agg(set), shrunk(name).tasks
     assert all(measured[part] == set(tasks.evaluate.methods) for part in ("probe", "retrieval", "zero_shot"))
-    assert all(measured[task] == set(tasks[task].methods) for task in ("finetune", "report"))
+    trained = [task for task in ("finetune", "report", "answer") if tasks[task].data]
+    assert all(measured[task] == set(tasks[task].methods) for task in trained)
     assert measured.get("reconstruction") == ({"mpma"} if name == "mpma" else None)
     assert Path(f"results/{name}.md").is_file()
+    if name == "amf":
+        assert {stage.name for stage in stages} > {"pretrain@amf-0", "pretrain@clip-0", "fuse@amf-0"}
+        for data, n in (("vqa-rad", 6), ("slake", 10)):
+            answered = read_answers(f"fitted/amf/answer/{data}-amf-fused-0")
+            ways = ["given", "given (free)", "given (constrained)", "blind", "shuffled"]
+            assert len(answered) == n and answered[ways].notna().all(axis=None)
+            assert set(answered.given) <= set(answered.answer)  # the candidates are the test answers

@@ -3,11 +3,11 @@
 import json
 import numpy as np, pytest, torch, torch.nn.functional as F
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPConfig, SiglipConfig, SiglipModel
-from transformers import SiglipImageProcessor, SiglipProcessor
+from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
 from medvlp.data.tokens import train_tokenizer
 from medvlp.encoders.teachers import load_teacher
 from medvlp.project.config import ConfigError
+from small import write_clip
 
 LAYER = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 VISION = dict(image_size=32, patch_size=8) | LAYER
@@ -20,14 +20,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def clip(tokenizer, tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
-    ids = dict(bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id, pad_token_id=0)
-    text = dict(vocab_size=len(tokenizer), max_position_embeddings=12) | ids | LAYER
-    CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=8)).save_pretrained(folder)
-    size = dict(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32))
-    CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"), tokenizer)
 
 
 def grey(*shape, dtype=np.uint8):

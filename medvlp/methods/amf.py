@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEGATIVES', 'AmfOptions', 'Amf']
 
-# %% ../../nbs/7_methods/08_amf.ipynb #f29f2e1a
+# %% ../../nbs/7_methods/08_amf.ipynb #566c7a54
 import copy
 from functools import cache, partial
 from typing import Literal
@@ -23,7 +23,7 @@ from ..encoders.text import masked_mean
 from ..fusion.coattention import CoAttention
 from ..generation.reader import PatchInput, WordInput, patch_boxes
 from ..losses.itm import draw_negatives, matching_loss, text_keys
-from ..losses.ops import gather, gather_tokens, own_rows
+from ..losses.ops import gather, gather_tokens, mean_over_processes, own_rows
 from ..losses.ops import similarity as cosines
 from ..losses.soft import soft_alignment, soft_labels
 from ..losses.transport import ipot, transport_distance
@@ -111,11 +111,11 @@ class Amf(Method):
 _ENCODERS = ("image_encoder", "text_encoder", "image_projection", "text_projection")
 _FUSION = ("fusion", "fusion_patches", "fusion_words", "match")
 
-# %% ../../nbs/7_methods/08_amf.ipynb #5f2e3c7b
+# %% ../../nbs/7_methods/08_amf.ipynb #eb2ea512
 @patch
 def study_targets(self: Amf, studies, sections, device="cpu"):
     "The named teacher's vectors of all studies"
-    if self.options.teacher in ("ema", "none") or self.options.phase == "fuse" or not len(studies):
+    if self.options.teacher in ("ema", "none") or not len(studies):
         return {}
     teacher = load_teacher(self.options.teacher, device)
     reports = [report_text(s, sections) for s in studies.select_columns(["findings", "impression"])]
@@ -208,7 +208,7 @@ def draw(
     drawn = [draw_negatives(x, u, soft_labels=y, **how) for x, u, y in zip((s, s.T), noise, labels)]
     return [tuple(own_rows(x) for x in pair) for pair in drawn]
 
-# %% ../../nbs/7_methods/08_amf.ipynb #369fe50a
+# %% ../../nbs/7_methods/08_amf.ipynb #87b20772
 @patch
 def fuse(
     self: Amf,
@@ -230,8 +230,8 @@ def fuse(
     def transport():
         v, t = fused()
         distance = transport_distance(t, v, mask, beta=self.options.beta, iterations=self.options.iterations)
-        true, other = distance[: len(report)], distance[len(report) :]
-        return true.mean() - other.mean()
+        means = [mean_over_processes((distance * x).sum(), x.sum()) for x in (matched, counted & ~matched)]
+        return means[0] - means[1]
 
     def matching():
         v, t = fused()
