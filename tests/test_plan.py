@@ -88,6 +88,39 @@ def test_a_column_of_the_scoreboard_that_no_task_measures_is_found(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (
+            lambda tree: tree["runs"]["fused"].append("convirt"),
+            "runs.fused: method convirt has no second pre-training: leave convirt out",
+        ),
+        (
+            lambda tree: tree["runs"].pop("fused"),
+            'runs: "fused" is missing (fused: those of them that go through a second ',
+        ),
+        (
+            lambda tree: tree["runs"].update(fused=["afm"]),
+            'runs: fused: there is no "afm" under methods: did you mean "a',
+        ),
+        (
+            lambda tree: tree["runs"]["methods"].append("amf-fused"),
+            'runs: methods: "amf-fused": names that end in -fus',
+        ),
+        (
+            lambda tree: tree["tasks"]["answer"]["methods"].append("convirt-fused"),
+            'tasks.answer.methods: there is no method under runs.methods "convirt-fused"',
+        ),
+        (
+            lambda tree: tree["methods"]["amf"]["options"].update(phase="fuse"),
+            "methods.amf.options.phase: leave it out: the stages pretrain and fuse (runs.fused) set it",
+        ),
+    ],
+)
+def test_second_pretrainings(tmp_path, change, problem):
+    assert any(found.startswith(f"params.yaml: {problem}") for found in problems_of(tmp_path, change))
+
+
 def test_every_stage_of_dvc_has_a_file(tmp_path):
     "The names that dvc.yaml makes are those of the plan"
     stages = {stage.name for stage in plan(resolve("params.yaml", need_data=False))}

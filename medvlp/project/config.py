@@ -109,7 +109,7 @@ def validate(
         same_option = groupby(e.errors(), key=lambda error: _named(kind, error["loc"]))
         raise ConfigError(*(_explain(kind, list(errors), where) for _, errors in same_option)) from None
 
-# %% ../../nbs/0_project/00_config.ipynb #e064a157
+# %% ../../nbs/0_project/00_config.ipynb #b56eb323
 def _explain(kind, errors, where):
     "One line for pydantic's errors on one option: a union of types has one for each"
     error, path = errors[0], [str(p) for p in errors[0]["loc"]]
@@ -118,10 +118,11 @@ def _explain(kind, errors, where):
         names = parent.model_fields if parent else ()
         return f'{_join(where, path[:-1])}: there is no option "{path[-1]}": {did_you_mean(path[-1], names)}'
     if error["type"] == "missing":
-        return f'{_join(where, path[:-1])}: "{path[-1]}" is missing'
+        return f'{_join(where, path[:-1])}: "{path[-1]}" is missing{_about(kind, path)}'
     messages = [e["msg"].removeprefix("Value error, ") for e in errors]
     message = " or ".join(m[0].lower() + m[1:] for m in dict.fromkeys(messages))
-    return f"{_join(where, _named(kind, path))}: {error['input']!r}: {message}{_about(kind, path)}"
+    value = "" if isinstance(error["input"], dict) else f"{error['input']!r}: "  # a section is too long to show
+    return f"{_join(where, _named(kind, path))}: {value}{message}{_about(kind, path)}"
 
 
 def _join(where, path):

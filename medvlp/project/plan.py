@@ -182,7 +182,7 @@ def _build(options, where):
     except (ValueError, TypeError, RuntimeError, AssertionError) as e:
         raise ConfigError(f"{where}: {' '.join(str(e).split())}") from None
 
-# %% ../../nbs/0_project/04_plan.ipynb #2695ffce
+# %% ../../nbs/0_project/04_plan.ipynb #042b9e32
 def _check_methods(problems, experiment, runs, file):
     "{name: PretrainOptions}"
     kind, methods, common = options_class("medvlp.training.pretrain:PretrainOptions"), {}, _Problems()
@@ -212,6 +212,11 @@ def _check_method(kind, name, experiment, file, where):
         settings = merge(settings, dict(options=method.second_stage))
     options = own.catch(validate, kind, settings, where)
     values = own.catch(validate, method.Options, settings.get("options"), f"{where}.options")
+    if not own and not name.endswith(FUSED):
+        by_hand = [key for key in method.second_stage if key in settings.get("options", {})]
+        own += [
+            f"{where}.options.{key}: leave it out: the stages pretrain and fuse (runs.fused) set it" for key in by_hand
+        ]
     if own:
         raise ConfigError(*own)
     options = options.model_copy(update=dict(options=values.model_dump()))
