@@ -323,7 +323,7 @@ def _save(trainer, tokenizer, output):
     trainer.model.to("cpu", memory_format=torch.contiguous_format).save_pretrained(output)
     tokenizer.save_pretrained(output)
 
-# %% ../../nbs/8_training/01_pretrain.ipynb #6e75241e
+# %% ../../nbs/8_training/01_pretrain.ipynb #4522c238
 def pretrain_stage(
     stage,  # of project.stage
 ) -> Trainer:
@@ -336,7 +336,7 @@ def pretrain_stage(
     set_seed(stage.seed)
     model = build_method(options.method, image, text, len(tokenizer), **options.options)
     if start:
-        model.load_state_dict(load_method(start).state_dict())
+        _start_from(start, model)
     sizes = f"{len(studies['train'])} pairs to train on, {len(studies['val'])} to validate"
     sizes += f" (images with {' or '.join(options.sections)})"
     trained = model.num_parameters(only_trainable=True)
@@ -344,6 +344,16 @@ def pretrain_stage(
     outputs = stage.outputs
     folders = dict(output=outputs["model"], curves=outputs["curves"], checkpoints=outputs["checkpoints"])
     return pretrain(model, tokenizer, studies, options, seed=stage.seed, compute=stage.compute, **folders)
+
+
+def _start_from(folder, model):
+    "Give a model all weights of the first pre-training; `ConfigError` where it has other parts or sizes"
+    first, second = load_method(folder).state_dict(), model.state_dict()
+    shapes = [{name: x.shape for name, x in weights.items()} for weights in (first, second)]
+    if differing := {name.split(".")[0] for name, _ in shapes[0].items() ^ shapes[1].items()}:
+        problem = f"the second pre-training cannot start from it, as it has another {', '.join(sorted(differing))}"
+        raise ConfigError(f"{folder}: {problem}: give both the same encoders, sizes and teacher")
+    model.load_state_dict(first)
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #27b024d3
 def main(
