@@ -6,14 +6,18 @@ import warnings
 import datasets
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import PIL.Image
 import pytest
 import torch
 
 from medvlp.data.prepare import png, study_features
 from medvlp.data.tokens import train_tokenizer
+from medvlp.figures.answers import answer_examples, answer_gates, answer_regions
+from medvlp.figures.answers import plot_answer_regions, plot_answers, plot_gates
 from medvlp.figures.sheets import Run, all_figures
 from medvlp.figures.style import FigureOptions, cut_off_texts, overlapping_texts
+from medvlp.generation.answerer import build_answerer
 from medvlp.methods.base import build_method
 from small import BERT, MPMA, RESNET, VIT
 
@@ -104,3 +108,42 @@ def test_every_figure_is_drawn_or_explained(name, runs, tmp_path):
     drawn = {figure for figure, sentence in found.items() if not sentence}
     assert {"samples", "prototypes-mgca", "reconstruction-mpma"} <= drawn
     assert ("tsne" in drawn) == (len(SETS[name]) >= 5)
+
+
+ASKED = {  # question, reference, answer given
+    "one word": ("Why?", "left", "left"),
+    "long words": ("Pneumonoultramicroscopicsilicovolcanoconiosis costs 3 $? " * 9, "opacity " * 40, "no " * 60),
+    "no spaces": ("_" * 300, "x" * 300, "y" * 300),
+    "Chinese": ("图像中有哪些异常？" * 9, "胸腔积液" * 9, "肺部" * 30),
+    "no answer": ("Is it $x?", "yes", ""),
+    "all": None,
+}
+
+
+@pytest.fixture(scope="module")
+def asked():
+    "A model with a co-attention and a gate, a study for each question, and the questions"
+    rows = [asked for asked in ASKED.values() if asked]
+    table = pd.DataFrame(rows, columns=["question", "answer", "given"]).assign(kind="other", closed=False)
+    table = table.assign(study=range(len(table)), patient_id="ann")
+    tok, answers = train_tokenizer([*table.question, *table.answer], vocab_size=200), sorted({*table.answer})
+    torch.manual_seed(0)
+    method, fusion = build_method("convirt", VIT, BERT, len(tok), dim=16), dict(kind="co_attention", dim=32, layers=1)
+    studies = datasets.Dataset.from_list([study(i) for i in table.study], features=study_features(["effusion"]))
+    return build_answerer(method, tok, answers, max_answer_tokens=400, max_tokens=32, **fusion).eval(), studies, table
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_answers_with_odd_words(name, asked):
+    model, studies, table = asked
+    table = table if name == "all" else table[table.question == ASKED[name][0]]
+    drawn = [(answer_examples, plot_answers), (answer_regions, plot_answer_regions), (answer_gates, plot_gates)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error", RuntimeWarning)
+        for find, plot in drawn:
+            found = find(model, studies, table)
+            fig = plot(found, title=NAME * (name != "one word"))
+            assert (overlapping_texts(fig), cut_off_texts(fig)) == ([], []), plot.__name__
+            plt.close(fig)
+    assert all(len(e["words"]) == len(e["gates"]) for e in found)
