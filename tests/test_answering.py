@@ -8,9 +8,11 @@ from medvlp.data.prepare import png, study_features
 from medvlp.data.tokens import encode, train_tokenizer
 from medvlp.generation import answerer as module
 from medvlp.generation.answerer import DECODINGS, Candidates, build_answerer
+from medvlp.generation.reader import find_fusion
 from medvlp.methods.base import build_method
 from medvlp.project.config import ComputeOptions, ConfigError
 from medvlp.tasks.answer import AnswerOptions, answer, build_answer_model
+from medvlp.tasks.questions import read_answers
 
 WORDS = "left right lung heart base apex large small yes no effusion mass of the in".split()
 SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
@@ -135,8 +137,43 @@ def run(method, folder, rows, **options):
     return answer(method, TOKENIZER, rows, AnswerOptions(**budget | options), compute=compute, **place)
 
 
+@pytest.fixture
+def untrained(monkeypatch):
+    monkeypatch.setattr("medvlp.tasks.answer.fit", lambda *_, **__: pytest.fail("it was trained"))
+
+
 @pytest.mark.parametrize("head", ["classifier", "decoder"])
-def test_an_answer_vocabulary_of_one_is_a_reason(method, head, tmp_path):
+def test_a_set_without_questions_is_a_reason(method, head, tmp_path, untrained):
+    rows = studies()
+    rows = rows.remove_columns("questions").add_column(
+        "questions", [[]] * len(rows), feature=rows.features["questions"]
+    )
+    result = run(method, tmp_path, rows, head=head)
+    assert result.reason.startswith("the set has no questions; give them as a column") and not len(result.scores)
+
+
+@pytest.mark.parametrize("head", ["classifier", "decoder"])
+def test_empty_questions_take_no_part(method, head, tmp_path):
+    run(method, tmp_path, studies(), head=head)  # each study has one
+    assert read_answers(tmp_path / "model").question.tolist() == ["Is it bright?"] * 4
+
+
+@pytest.mark.parametrize("head", ["auto", "classifier", "decoder"])
+def test_a_fusion_that_was_not_trained_is_refused(head, tmp_path, untrained):
+    sizes = dict(dim=16, fusion_dim=16, heads=2, layers=1)
+    first, second = (
+        build_method("amf", IMAGE, dict(options=SIZES), len(TOKENIZER), phase=phase, **sizes)
+        for phase in ("align", "fuse")
+    )
+    with pytest.raises(
+        ConfigError, match="fusion: pretrained, but method amf was trained without .*; choose fresh, or"
+    ):
+        run(first, tmp_path, studies(), head=head, fusion="pretrained")
+    assert find_fusion(first, "auto") is None and find_fusion(second, "pretrained") is second.fusion
+
+
+@pytest.mark.parametrize("head", ["classifier", "decoder"])
+def test_an_answer_vocabulary_of_one_is_a_reason(method, head, tmp_path, untrained):
     result = run(method, tmp_path, studies(("yes", "yes")), head=head)
     assert result.reason == "answers given at least min_count = 1 times in training: 1, but at least 2 are needed"
 
@@ -148,8 +185,7 @@ def test_an_empty_question_is_an_error_that_says_which(method, build):
         model.answer(picture, ["Is it?", "  "])
 
 
-def test_an_answer_longer_than_the_decoder_takes_is_an_error_before_training(method, tmp_path, monkeypatch):
-    monkeypatch.setattr("medvlp.tasks.answer.fit", lambda *_, **__: pytest.fail("it was trained"))
+def test_an_answer_longer_than_the_decoder_takes_is_an_error_before_training(method, tmp_path, untrained):
     rows, message = studies(("yes", "mass of left lung")), "'mass of left lung' has 6 tokens .* takes 5; raise max"
     with pytest.raises(ConfigError, match=message):
         run(method, tmp_path, rows, head="decoder", max_answer_tokens=5)

@@ -164,3 +164,28 @@ def test_slake_without_its_images(tmp_path):
         prepare_studies(slake(tmp_path), DataOptions(folder=str(tmp_path)))
     assert "3 of 3 studies cannot be used" in str(error.value)
     assert f"The path of an image is {tmp_path} / imgs / img_name" in str(error.value)
+
+
+def test_statements_are_of_the_own_split_and_never_of_test_questions(tmp_path):
+    PIL.Image.new("L", (36, 36)).save(tmp_path / "image.png")
+
+    def study(name, split, *asked, findings=""):
+        questions = [dict(question=f"{q} of {name}?", answer=q.upper(), split=s) for q, s in asked]
+        row = dict(study_id=name, patient_id=name, split=split, findings=findings, questions=questions)
+        return row | dict(
+            image=str(tmp_path / "image.png"), view="", impression="", labels=dict(a=1), boxes=[], mask=""
+        )
+
+    both = ("one", "train"), ("two", "test"), ("three", "val"), ("four", "")
+    rows = [study(split, split, *both) for split in ("train", "val", "test")]
+    rows += [study("told", "train", *both, findings="The lungs are clear."), study("unasked", "train")]
+    found = {}
+    for statements in (False, True):
+        options = DataOptions(folder=str(tmp_path), image_size=32, statements=statements)
+        prepared, quarantine = prepare_studies(pd.DataFrame(rows), options)
+        found[statements] = {s["study_id"]: (s["findings"], s["paired"], len(s["questions"])) for s in prepared}
+        assert not len(quarantine.frame().query("excluded_from == 'all'"))
+    before = dict(train=("", False, 4), val=("", False, 4), test=("", False, 4))
+    assert found[False] == before | dict(told=("The lungs are clear.", True, 4), unasked=("", False, 0))
+    made = dict(train="one of train: ONE. four of train: FOUR.", val="three of val: THREE. four of val: FOUR.")
+    assert found[True] == found[False] | {name: (text, True, 4) for name, text in made.items()}
