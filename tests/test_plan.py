@@ -108,6 +108,10 @@ def test_a_column_of_the_scoreboard_that_no_task_measures_is_found(tmp_path):
             'runs: methods: "amf-fused": names that end in -fus',
         ),
         (
+            lambda tree: tree["tasks"]["answer"]["methods"].append("amf"),
+            "tasks.answer.methods: amf: fusion: pretrained, but method amf was trained without cross-attention",
+        ),
+        (
             lambda tree: tree["tasks"]["answer"]["methods"].append("convirt-fused"),
             'tasks.answer.methods: there is no method under runs.methods "convirt-fused"',
         ),

@@ -368,6 +368,19 @@ def _metric_problems(resolved, file):
     check = importlib.import_module("medvlp.tables.scoreboard").metric_problems
     return [f"{file}: scoreboard.metrics: {problem}" for problem in check(resolved.scoreboard.metrics, tasks)]
 
+# %% ../../nbs/0_project/04_plan.ipynb #9106f12c
+def _unsuitable(resolved, file):
+    "What tasks say against their methods"
+    problems = _Problems()
+    for name, task in resolved.tasks.items():
+        for method in task.methods if hasattr(task.options, "check_method") else ():
+            if method not in resolved.methods:  # which is reported elsewhere
+                continue
+            found = _Problems()
+            found.catch(task.options.check_method, _build(resolved.methods[method], f"{file}: methods.{method}"))
+            problems += [f"{file}: tasks.{name}.methods: {method}: {problem}" for problem in found]
+    return problems
+
 # %% ../../nbs/0_project/04_plan.ipynb #9139e114
 def _top_level(problems, tree, file):
     "The parts of an experiment; parts that are missing or of the wrong kind are reported and left empty"
@@ -378,7 +391,7 @@ def _top_level(problems, tree, file):
     parts = {name: values if isinstance(values, dict) else {} for name, values in parts.items()}
     return Experiment.model_construct(experiment=str(tree.get("experiment", "")), **parts)
 
-# %% ../../nbs/0_project/04_plan.ipynb #aea66752
+# %% ../../nbs/0_project/04_plan.ipynb #45456775
 def resolve(
     file: str | Path = "params.yaml",  # an experiment
     need_data: bool = True,  # whether the folders of data must exist
@@ -408,7 +421,7 @@ def resolve(
         problems.catch(validate, options_class(style), figures, f"{file}: figures"),
         problems.catch(validate, options_class(columns), experiment.scoreboard, f"{file}: scoreboard"),
     )
-    problems += _metric_problems(resolved, file)
+    problems += _metric_problems(resolved, file) + _unsuitable(resolved, file)
     for name, options in resolved.sets.items():
         _check_prepared(problems, name, options, resolved.needs(name), file)
     if problems:

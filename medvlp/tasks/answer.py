@@ -184,7 +184,7 @@ class _DecoderOptions(_FusionOptions):
             raise ValueError(f"decoding is {self.decoding}; name each way once")
         return self
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #279b9dbc
+# %% ../../nbs/9_tasks/08_answer.ipynb #9ee35879
 class AnswerOptions(_DecoderOptions):
     "How a model that answers questions is trained, and how it answers"
 
@@ -206,6 +206,11 @@ class AnswerOptions(_DecoderOptions):
     def metric_names(self) -> dict[str, list[str]]:
         "What the task measures; * stands for a kind of question"
         return dict(answer=answer_metric_names(self.decoding[1:], shuffled=True))
+
+    def check_method(self, model) -> None:
+        "`ConfigError` for a method that cannot answer in this way, which `plan` asks before anything is trained"
+        find_fusion(model, self.fusion)
+        resolve_head(model, self)
 
 # %% ../../nbs/9_tasks/08_answer.ipynb #f61906c4
 def predict_answers(
