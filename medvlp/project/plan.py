@@ -141,7 +141,7 @@ def _check_data(problems, experiment, file, need_data):
         sets[name] = options
     return sets
 
-# %% ../../nbs/0_project/04_plan.ipynb #04c4b0ca
+# %% ../../nbs/0_project/04_plan.ipynb #e02a63e5
 def method_settings(
     name: str,  # of `runs.methods`
     experiment: Experiment,
@@ -149,19 +149,19 @@ def method_settings(
 ) -> dict:  # for PretrainOptions
     "What is trained under a name: `pretrain` with the method's own section over it"
     base = {key: value for key, value in experiment.pretrain.items() if key != "data"}
-    chain, section = [], dict(extends=name)
+    fused = name.endswith(FUSED)
+    chain, section = [], dict(extends=name.removesuffix(FUSED))
     while "extends" in section:
         name = section["extends"]
         if name in chain:
             raise ConfigError(f"{file}: methods.{name}.extends: leads back to {name}")
         chain.append(name)
         section = experiment.methods.get(name, {})
-        if name.endswith(FUSED):
-            section = dict(extends=name.removesuffix(FUSED)) | section
-        elif name not in experiment.methods and name not in _modules("medvlp.methods"):
+        if name not in experiment.methods and name not in _modules("medvlp.methods"):
             known = {*experiment.methods, *_modules("medvlp.methods")}
             raise ConfigError(f'{file}: there is no method "{name}": {did_you_mean(name, known)}')
     sections = [experiment.methods.get(name, {}) for name in reversed(chain)]
+    sections += [experiment.methods.get(name + FUSED, {}) for name in reversed(chain)] if fused else []
     settings = merge(base, dict(method=chain[-1]), *sections)
     return {key: value for key, value in settings.items() if key != "extends"}
 
