@@ -113,11 +113,12 @@ class Answerer(QuestionReader):
         words = self.decoder.get_input_embeddings()(self.answer_ids.clamp(min=0))
         return masked_mean(words, self.answer_ids >= 0)
 
-# %% ../../nbs/6_generation/04_answerer.ipynb #d000ee38
+# %% ../../nbs/6_generation/04_answerer.ipynb #ffa201f5
 def _decoder_config(config):
     "The decoder's sizes, by default those of the fusion; ConfigError where the two have different widths"
     sizes = dict(hidden_size=config.dim, num_attention_heads=config.heads, intermediate_size=4 * config.dim)
     sizes |= dict(hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
+    sizes |= dict(initializer_range=config.dim**-0.5)  # BERT's 0.02 suits 768; at 128 it hardly hears the question
     sizes |= config.decoder | dict(is_decoder=True, add_cross_attention=True)
     if sizes["hidden_size"] != config.dim:
         problem = f"decoder: its width is {sizes['hidden_size']}, that of the fusion {config.dim}"
