@@ -22,7 +22,7 @@ from .code import code_behind
 from .config import ComputeOptions, ConfigError, Options, did_you_mean, merge, read_experiment, validate
 from .stage import Stage, enter_project, write_stage
 
-# %% ../../nbs/0_project/04_plan.ipynb #d591b937
+# %% ../../nbs/0_project/04_plan.ipynb #8799b8f4
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]  # it becomes part of commands and paths
 
 
@@ -56,7 +56,7 @@ class RunsOptions(Options):
                 raise ValueError(f'methods: "{name}": names that end in {FUSED} are those of second pre-trainings')
         return self
 
-
+# %% ../../nbs/0_project/04_plan.ipynb #530837f6
 class Experiment(Options):
     "The top level of params.yaml; the values of each part are checked by the component that they configure"
 
