@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DECODINGS', 'answer_tokens', 'pad_answers', 'Candidates', 'AnswererConfig', 'Answerer', 'build_answerer']
 
-# %% ../../nbs/6_generation/04_answerer.ipynb #4c0c5748
+# %% ../../nbs/6_generation/04_answerer.ipynb #51da24b4
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..data.tokens import load_tokenizer, resolve_name
 from ..encoders.text import masked_mean
 from ..fusion.gated import GatedCrossAttention
-from .reader import QuestionReader, ReaderConfig, build_reader
+from .reader import QuestionReader, ReaderConfig, build_reader, image_means
 from .reporter import tidy
 from ..project.config import ConfigError
 
@@ -140,7 +140,7 @@ def remember(
         x = self.gate(x, self.vocabulary())
     return x, torch.cat([mask.new_ones(v.shape[:2]), mask], 1)
 
-# %% ../../nbs/6_generation/04_answerer.ipynb #367aee53
+# %% ../../nbs/6_generation/04_answerer.ipynb #2995d18a
 @patch
 def answer_losses(
     self: Answerer,
@@ -149,14 +149,24 @@ def answer_losses(
     labels: Tensor,  # [Q,T] token numbers from [CLS] to [SEP], -100 on padding
 ) -> Tensor:  # [Q], 0 where a row of labels is empty
     "The mean language-model loss of an answer to each question"
+    return _mean_losses(self._next_tokens(memory, mask, labels), labels)
+
+
+@patch
+def _next_tokens(self: Answerer, memory, mask, labels):
+    "Logits [Q,T-1,V] of each token of an answer but the first, given those before it"
     real = labels != -100
     written = labels.where(real, self.decoder.config.pad_token_id)
     context = dict(encoder_hidden_states=memory, encoder_attention_mask=mask)
-    logits = self.decoder(written, real.long(), **context, use_cache=False).logits
-    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
-    return losses.sum(1) / real[:, 1:].sum(1).clamp(min=1)
+    return self.decoder(written, real.long(), **context, use_cache=False).logits[:, :-1]
 
 
+def _mean_losses(logits, labels):
+    "[Q], 0 where a row of labels is empty"
+    losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+    return losses.sum(1) / (labels[:, 1:] != -100).sum(1).clamp(min=1)
+
+# %% ../../nbs/6_generation/04_answerer.ipynb #1879c79a
 @patch
 def forward(
     self: Answerer,
@@ -166,11 +176,14 @@ def forward(
     input_ids: Tensor,
     attention_mask: Tensor,
     word_ids: Tensor,  # [Q,T]
-) -> dict:  # loss: scalar; losses [Q]
+) -> dict:  # loss: scalar; losses [Q]; right [S], the share of an image's questions that greedy writing answers
     "The language-model loss of the answers to questions about images"
     asked = self.question_features(images, owner, input_ids, attention_mask, word_ids)
-    losses = self.answer_losses(*self.remember(*asked), labels)
-    return dict(loss=losses.sum() / (labels != -100).any(1).sum().clamp(min=1), losses=losses)
+    logits = self._next_tokens(*self.remember(*asked), labels)
+    losses, answered = _mean_losses(logits, labels), (labels != -100).any(1)
+    right = ((logits.argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == -100)).all(1) & answered
+    right = image_means(right, owner, len(images))
+    return dict(loss=losses.sum() / answered.sum().clamp(min=1), losses=losses, right=right)
 
 # %% ../../nbs/6_generation/04_answerer.ipynb #de3676ef
 def build_answerer(

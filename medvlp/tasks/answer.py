@@ -7,7 +7,7 @@ __all__ = ['AnswerConfig', 'AnswerModel', 'build_answer_model', 'AnswerOptions',
            'resolve_head', 'train_answer_model', 'answer_logits', 'decode_answers', 'give_answers', 'answer',
            'load_answerer']
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #2f00c561
+# %% ../../nbs/9_tasks/08_answer.ipynb #997fe355
 import json, shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..data.batches import resolve_workers
 from ..encoders.features import TextFeatures
 from ..encoders.text import masked_mean
 from ..generation.answerer import Answerer, build_answerer, pad_answers
-from ..generation.reader import QuestionReader, ReaderConfig, build_reader, find_fusion
+from ..generation.reader import QuestionReader, ReaderConfig, build_reader, find_fusion, image_means
 from ..project.config import ComputeOptions, ConfigError, Dropout, Fraction
 from .metrics.intervals import few_note, join_notes
 from .metrics.scores import TaskResult, no_result
@@ -59,7 +59,7 @@ class AnswerModel(QuestionReader):
 
 AutoConfig.register("answer_model", AnswerConfig, exist_ok=True)
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #ade69b60
+# %% ../../nbs/9_tasks/08_answer.ipynb #848dc726
 @patch
 def classify(
     self: AnswerModel,
@@ -81,11 +81,11 @@ def forward(
     input_ids: Tensor,
     attention_mask: Tensor,
     word_ids: Tensor,  # [Q,T]
-) -> dict:  # loss: scalar; logits [Q,A]
+) -> dict:  # loss: scalar; logits [Q,A]; right [S], the share of an image's questions that are answered correctly
     "Answer questions about images; answers that are not in the vocabulary take no part in the loss"
     logits = self.classify(*self.question_features(images, owner, input_ids, attention_mask, word_ids))
     loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / (labels >= 0).sum().clamp(min=1)
-    return dict(loss=loss, logits=logits)
+    return dict(loss=loss, logits=logits, right=image_means(logits.argmax(1) == labels, owner, len(images)))
 
 # %% ../../nbs/9_tasks/08_answer.ipynb #edeed66a
 def build_answer_model(
@@ -184,7 +184,7 @@ class _DecoderOptions(_FusionOptions):
             raise ValueError(f"decoding is {self.decoding}; name each way once")
         return self
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #9ee35879
+# %% ../../nbs/9_tasks/08_answer.ipynb #268aad67
 class AnswerOptions(_DecoderOptions):
     "How a model that answers questions is trained, and how it answers"
 
@@ -199,6 +199,9 @@ class AnswerOptions(_DecoderOptions):
     max_tokens: int = Field(32, ge=3, description="longest question in tokens; longer ones are truncated")
     val_fraction: Fraction = Field(
         0.1, lt=1, description="of the training patients, as validation split where there is none"
+    )
+    best: Literal["accuracy", "loss"] = Field(
+        "accuracy", description="of the validation questions, by which weights are kept and training stops"
     )
     n_resamples: PositiveInt = Field(1000, description="bootstrap resamples of the test patients")
     examples: PositiveInt = Field(8, description="answers on the sheet")
@@ -271,7 +274,7 @@ def _build(model, tokenizer, answers, options, candidates, place):
     net = build_answerer(model, tokenizer, answers, **fields)
     return net, CollateAnswers(tokenizer, options.max_tokens, net.config.answer_tokens)
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #c61ede2e
+# %% ../../nbs/9_tasks/08_answer.ipynb #0416c2e8
 def train_answer_model(
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is
@@ -301,6 +304,7 @@ def train_answer_model(
         compute=compute,
         **place,
         title="answer without the image" if blind else "answer",
+        metric=options.best,
     )
 
 # %% ../../nbs/9_tasks/08_answer.ipynb #5a6987b6

@@ -6,7 +6,7 @@
 __all__ = ['DownstreamOptions', 'Examples', 'stored_size', 'split_studies', 'parameter_groups', 'DownstreamTrainer', 'fit',
            'stage_checkpoints']
 
-# %% ../../nbs/8_training/02_downstream.ipynb #741286c8
+# %% ../../nbs/8_training/02_downstream.ipynb #6f8a410a
 import hashlib, json, shutil
 from pathlib import Path
 import numpy as np, torch
@@ -19,17 +19,17 @@ from ..data.batches import AddressedSampling, EpochSampler, StudyDataset, resolv
 from ..data.images import eval_transform, train_transform
 from ..encoders.pretrained import DownstreamConfig, DownstreamModel
 from ..project.config import ComputeOptions, ConfigError, Fraction, Options
-from .loop import EarlyStopping, Guard, Progress, Timer, last_checkpoint
+from .loop import EarlyStopping, Guard, Progress, Timer, best_evaluation, last_checkpoint
 from .loop import hash_weights, resolve_precision, resume, run_key
 
-# %% ../../nbs/8_training/02_downstream.ipynb #ef8339e1
+# %% ../../nbs/8_training/02_downstream.ipynb #63456fd4
 class DownstreamOptions(Options):
     "How a model is trained on a downstream task"
 
     epochs: PositiveInt = Field(10, description="passes over the training studies; each is followed by an evaluation")
     min_steps: NonNegativeInt = Field(50, description="steps at least, where the studies are few")
     patience: NonNegativeInt = Field(
-        3, description="evaluations without a lower validation loss before training stops; 0: train to the end"
+        3, description="evaluations without a better one before training stops; 0: train to the end"
     )
     batch_size: PositiveInt = Field(32, ge=2, description="studies in a batch")
     learning_rate: PositiveFloat = Field(2e-4, description="peak learning rate of the new layers")
@@ -128,8 +128,8 @@ def _budget(n, options):
     every = -(-steps // options.epochs)
     return every * options.epochs, every
 
-# %% ../../nbs/8_training/02_downstream.ipynb #f8a63708
-def _arguments(folder, n, options, seed, compute, has_val):
+# %% ../../nbs/8_training/02_downstream.ipynb #9d210495
+def _arguments(folder, n, options, seed, compute, has_val, metric):
     "The options as arguments of Trainer"
     args = TrainingArguments(
         str(folder),
@@ -141,13 +141,13 @@ def _arguments(folder, n, options, seed, compute, has_val):
         max_grad_norm=options.max_grad_norm,
         remove_unused_columns=False,
         label_names=["labels"],
-        prediction_loss_only=True,
+        prediction_loss_only=metric == "loss",
         logging_strategy="no",  # Guard logs at each checkpoint
         logging_nan_inf_filter=False,  # it would wait for the GPU in every step
         disable_tqdm=True,
         report_to=[],
         eval_on_start=has_val and last_checkpoint(folder) is None,
-        **_schedule(n, options, has_val),
+        **_schedule(n, options, has_val, metric),
         **_machine(compute),
     )
     if args.n_gpu > 1:
@@ -155,14 +155,14 @@ def _arguments(folder, n, options, seed, compute, has_val):
     return args
 
 
-def _schedule(n, options, has_val):
+def _schedule(n, options, has_val, metric):
     "Steps, checkpoints and evaluations"
     steps, every = _budget(n, options)
     saving = dict(max_steps=steps, save_strategy="steps", save_steps=every)
     saving |= dict(save_total_limit=3 if has_val else 2)  # the newest two, and the best
     if not has_val:
         return saving
-    best = dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False)
+    best = dict(load_best_model_at_end=True, metric_for_best_model=f"eval_{metric}", greater_is_better=metric != "loss")
     return saving | dict(eval_strategy="steps", eval_steps=every) | best
 
 
@@ -177,7 +177,7 @@ def _machine(compute):
         dataloader_pin_memory=device != "cpu",
     )
 
-# %% ../../nbs/8_training/02_downstream.ipynb #f64a1685
+# %% ../../nbs/8_training/02_downstream.ipynb #9e37fc3b
 class DownstreamTrainer(AddressedSampling, Trainer):
     "transformers' Trainer with two learning rates, addressed sampling, early stopping and one progress bar"
 
@@ -193,11 +193,14 @@ class DownstreamTrainer(AddressedSampling, Trainer):
         compute: ComputeOptions,
         folder: str | Path,  # of this training's checkpoints
         title: str,  # of the progress bar
+        metric: str,  # see `fit`
     ):
         self.options, has_val = options, bool(val is not None and len(val))
-        args = _arguments(folder, len(train), options, seed, compute, has_val)
-        callbacks = [Timer(compute.checkpoint_minutes), Guard(), Progress(title), EarlyStopping(options.patience)]
-        super().__init__(model, args, collate, train, val if has_val else None, callbacks=callbacks)
+        args = _arguments(folder, len(train), options, seed, compute, has_val, metric)
+        callbacks = [Timer(compute.checkpoint_minutes), Guard(), Progress(title)]
+        callbacks.append(EarlyStopping(options.patience, metric))
+        scores = {} if metric == "loss" else dict(compute_metrics=_accuracy, preprocess_logits_for_metrics=_last)
+        super().__init__(model, args, collate, train, val if has_val else None, callbacks=callbacks, **scores)
         self.remove_callback(PrinterCallback)
 
     def create_optimizer(self, model=None):
@@ -209,7 +212,16 @@ class DownstreamTrainer(AddressedSampling, Trainer):
         epoch = super()._get_train_sampler(dataset).epoch
         return _PairSampler(len(self.train_dataset), self.args.train_batch_size, self.args.seed, epoch)
 
-# %% ../../nbs/8_training/02_downstream.ipynb #69f13852
+
+def _last(outputs, labels):
+    "The last output of a model, which says what share of each study it gets right"
+    return outputs[-1]
+
+
+def _accuracy(evaluation):
+    return dict(accuracy=float(evaluation.predictions.mean()))
+
+# %% ../../nbs/8_training/02_downstream.ipynb #35b4bb4b
 def fit(
     model: DownstreamModel,  # with its new layers freshly drawn; trained in place
     train: Examples,
@@ -222,32 +234,32 @@ def fit(
     checkpoints: str | Path,  # folder of checkpoints, which several trainings may share
     keep: bool = False,  # the trained weights there, for a task with several trainings
     title: str = "fit",  # of the progress bar
+    metric: str = "loss",  # of the best evaluation: loss, or accuracy for a model that returns `right`
 ) -> DownstreamModel:  # the same model in evaluation mode
     "Train a model on pre-trained encoders, resuming an interrupted training of the same settings"
     if len(train) < 2:
         raise ConfigError(f"{title}: training studies: {len(train)}, but at least 2 are needed")
     model.freeze(options.encoder_learning_rate == 0)
-    key = _key(model, train, val, options, collate, seed, compute)
+    key = _key(model, train, val, options, collate, seed, compute, metric)
     folder = Path(checkpoints) / f"{model.config.model_type}-{seed}-{key}"
     trained = folder.with_suffix(".pt")
     if trained.is_file():
         model.load_state_dict(torch.load(trained, "cpu"))
         return model.to(resolve_device(compute.device)).eval()
     logging.disable_progress_bar()
-    trainer = DownstreamTrainer(
-        model, train, val, options, collate=collate, seed=seed, compute=compute, folder=folder, title=title
-    )
+    how = dict(collate=collate, seed=seed, compute=compute, folder=folder, title=title, metric=metric)
+    trainer = DownstreamTrainer(model, train, val, options, **how)
     start = {name: x.cpu().clone() for name, x in model.state_dict().items()}
     resume(trainer)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # predictions are in float32
-    if _start_was_best(trainer.state.log_history):
+    if best_evaluation(trainer.state.log_history, metric)[1] == 0:  # that of the start
         model.load_state_dict(start)
     if keep:
         _save_whole(model, trained)
     shutil.rmtree(folder, ignore_errors=True)
     return model.eval()
 
-# %% ../../nbs/8_training/02_downstream.ipynb #50fb195e
+# %% ../../nbs/8_training/02_downstream.ipynb #99f5da38
 def _save_whole(model, file):
     "Write the weights under another name first, so that a file with this name is never a part"
     part = file.with_suffix(".part")
@@ -255,13 +267,7 @@ def _save_whole(model, file):
     part.replace(file)
 
 
-def _start_was_best(log_history):
-    "Whether no evaluation was better than that of the start, which comes first"
-    losses = [entry["eval_loss"] for entry in log_history if "eval_loss" in entry]
-    return bool(losses) and losses[0] == min(losses)
-
-
-def _key(model, train, val, options, collate, seed, compute):
+def _key(model, train, val, options, collate, seed, compute, metric):
     "A hash of what decides the weights"
     device = resolve_device(compute.device)
     return run_key(
@@ -270,6 +276,7 @@ def _key(model, train, val, options, collate, seed, compute):
         data=[train.fingerprint, val.fingerprint if val is not None else ""],
         collate={k: v.get_vocab() if hasattr(v, "get_vocab") else v for k, v in vars(collate).items()},
         options=options.model_dump(),
+        metric=metric,
         seed=seed,
         compute=[device, resolve_precision(compute.precision, device), compute.deterministic],
     )
