@@ -9,7 +9,7 @@ __all__ = ['CoAttention', 'build_fusion', 'fusion_fields']
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .memory import KINDS, Fusion, _check_options, _check_tokens, key_padding_mask
+from .memory import KINDS, Fusion, check_options, check_tokens, key_padding_mask
 from ..losses.ops import mask_padding
 
 # %% ../../nbs/5_fusion/01_coattention.ipynb #c4094f2b
@@ -26,7 +26,7 @@ class CoAttention(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        _check_options("cmf", width, heads, 1)
+        check_options("cmf", width, heads, 1)
         if layers < 1:
             raise ValueError(f"fusion: layers is {layers}, but co-attention has at least 1")
         options = dict(activation="gelu", batch_first=True, norm_first=True)
@@ -55,7 +55,7 @@ def attend(
     mask: Tensor,  # [B,L] bool, True for real words
 ) -> tuple[Tensor, Tensor]:  # patches [B,N,D] and words [B,L,D], 0 on padding, each informed by the other
     "Both streams through all layers"
-    _check_tokens(patches, words, mask)
+    check_tokens(patches, words, mask)
     patches, words = self._run(patches, words, mask, len(self.word_layers))
     return self.patch_norm(patches), mask_padding(self.word_norm(words), mask)
 
@@ -80,7 +80,7 @@ def word_maps(
     mask: Tensor,  # [B,L] bool, True for real words
 ) -> Tensor:  # [B,L,N], rows sum to 1 for real words; 0 on padding
     "Attention of words to patches in the last layer, the mean over its heads; for a model in evaluation mode"
-    _check_tokens(patches, words, mask)
+    check_tokens(patches, words, mask)
     patches, words = self._run(patches, words, mask, len(self.word_layers) - 1)
     layer = self.word_layers[-1]
     x = layer.norm1(words)

@@ -9,7 +9,7 @@ __all__ = ['GatedCrossAttention']
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .memory import _check_options
+from .memory import check_options
 
 # %% ../../nbs/5_fusion/02_gated.ipynb #0034d752
 class GatedCrossAttention(nn.Module):
@@ -23,7 +23,7 @@ class GatedCrossAttention(nn.Module):
         gate: bool = True,  # False: h is x1, as if the gate were always open
     ):
         super().__init__()
-        _check_options("cmf", width, heads, 1)
+        check_options("cmf", width, heads, 1)
         self.answers = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout, "gelu", batch_first=True)
         self.attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
         self.gate = nn.Linear(width, width) if gate else None
