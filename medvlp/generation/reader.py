@@ -158,15 +158,16 @@ def read(
     words = self.fusion_words(text.words, text.mask)
     return *self.fusion.attend(self.fusion_patches(patches, boxes), words, text.mask), text.mask
 
-# %% ../../nbs/6_generation/03_reader.ipynb #fee57f04
+# %% ../../nbs/6_generation/03_reader.ipynb #0859ccc6
 def image_means(
     values: Tensor,  # [Q], of questions
     owner: Tensor,  # [Q] the image of each question
     n: int,  # S images
 ) -> Tensor:  # [S], 0 for an image without questions
     "The mean over the questions of each image"
-    sums = torch.zeros(n, device=owner.device).index_add(0, owner, values.float())
-    return sums / owner.bincount(minlength=n).clamp(min=1)
+    values = values.float()
+    sums, counts = torch.zeros(2, n).to(values).index_add(1, owner, torch.stack([values, torch.ones_like(values)]))
+    return sums / counts.clamp(min=1)
 
 # %% ../../nbs/6_generation/03_reader.ipynb #c332147c
 def find_fusion(
