@@ -6,7 +6,8 @@
 __all__ = ['MAX_PIXELS', 'ImageError', 'window', 'read_dicom', 'to_grey', 'Picture', 'read_picture', 'read_image', 'read_mask',
            'shrink', 'pad', 'address', 'seeded', 'train_transform', 'eval_transform']
 
-# %% ../../nbs/1_data/01_images.ipynb #126d1829
+# %% ../../nbs/1_data/01_images.ipynb #71076bb8
+import re, struct
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -47,15 +48,29 @@ def _one_line(e):
     "The message of an exception"
     return " ".join(str(e).split()) or type(e).__name__
 
-# %% ../../nbs/1_data/01_images.ipynb #7cbfcae0
+# %% ../../nbs/1_data/01_images.ipynb #00b85cd1
+def _stream_size(stream):
+    "Width and height that compressed pixels claim in their own header, to which decoders allocate; (0, 0) if unknown"
+    start = stream.find(b"\xff\x4f\xff\x51", 0, 1000)  # JPEG 2000
+    if start >= 0:
+        return struct.unpack_from(">II", stream, start + 8)
+    frame = re.search(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7]..[\2-\x10](....)", stream[:100_000], re.DOTALL)
+    return struct.unpack(">HH", frame[1])[::-1] if frame else (0, 0)
+
+
 def _stored_pixels(ds):
     "Pixels of a DICOM data set as they are stored: [H,W] or, of colours, [H,W,3]"
+    from pydicom.encaps import get_frame
     from pydicom.pixels import pixel_array
 
+    if "PixelData" not in ds or "Columns" not in ds:
+        raise ImageError("DICOM cannot be decoded: it holds no pixels")
     frames = int(ds.get("NumberOfFrames") or 1)
     if frames != 1:
         raise ImageError(f"DICOM of {frames} frames, a single one is needed")
     _check_pixels(int(ds.Columns), int(ds.Rows))
+    if ds.file_meta.TransferSyntaxUID.is_encapsulated:
+        _check_pixels(*_stream_size(get_frame(ds.PixelData, 0, number_of_frames=1)))
     return pixel_array(ds)
 
 
@@ -87,7 +102,7 @@ def _dicom_grey(ds):
     pixels = apply_voi_lut(apply_modality_lut(pixels, ds), ds).astype(np.float64)
     return window(pixels.max() - pixels if kind == "MONOCHROME1" else pixels, valid=valid)
 
-# %% ../../nbs/1_data/01_images.ipynb #b54e7c5e
+# %% ../../nbs/1_data/01_images.ipynb #5844f99e
 def _dicom(path, convert):
     "`convert` applied to a DICOM data set; whatever goes wrong is an `ImageError`"
     import pydicom
@@ -95,7 +110,7 @@ def _dicom(path, convert):
     try:
         ds = pydicom.dcmread(path, force=True)  # also without the preamble
         if "TransferSyntaxUID" not in ds.file_meta:
-            ds.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+            ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian  # of the pixels: not compressed
         return convert(ds)
     except ImageError:
         raise
@@ -146,7 +161,14 @@ def to_grey(
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     return image.convert("L")
 
-# %% ../../nbs/1_data/01_images.ipynb #245f9a6e
+# %% ../../nbs/1_data/01_images.ipynb #91e2c5ed
+@contextmanager
+def _pillow(path):
+    "An image of Pillow's, through a file object: given a path, Pillow 13 maps a turned TIFF with its sides exchanged"
+    with open(path, "rb") as f, Image.open(f) as image:
+        yield image
+
+
 def _is_dicom(path):
     "Whether to read a file as DICOM: it says so, or Pillow does not know it and its name or first bytes suggest it"
     with open(path, "rb") as f:
@@ -154,7 +176,7 @@ def _is_dicom(path):
     if start[128:] == b"DICM":
         return True
     try:
-        with Image.open(path):
+        with _pillow(path):
             return False
     except UnidentifiedImageError:
         bare = start[:4] in (b"\2\0\0\0", b"\2\0\1\0", b"\x08\0\0\0", b"\x08\0\1\0", b"\x08\0\5\0", b"\x08\0\x08\0")
@@ -181,7 +203,7 @@ def _readable(path):
     except Exception as e:
         raise ImageError(f"cannot be decoded: {_one_line(e)}") from e
 
-# %% ../../nbs/1_data/01_images.ipynb #7316a6db
+# %% ../../nbs/1_data/01_images.ipynb #e02cac27
 class Picture(NamedTuple):
     "A radiograph, and what its file said of it"
 
@@ -192,7 +214,7 @@ class Picture(NamedTuple):
 
 def _open_picture(path, size):
     "A file of Pillow's as `Picture`"
-    with Image.open(path) as f:
+    with _pillow(path) as f:
         whole = f.size
         if size:
             f.draft(None, (2 * size, 2 * size))
@@ -230,7 +252,7 @@ def read_image(
     "Read a radiograph; `ImageError` says why it cannot be read"
     return read_picture(path, min_side=min_side).image
 
-# %% ../../nbs/1_data/01_images.ipynb #999f7e0b
+# %% ../../nbs/1_data/01_images.ipynb #22e03b10
 def _mask_values(image):
     "[H,W] values of a mask as Pillow opened it; transparent pixels are 0"
     if image.mode in ("1", "L", "P", "F") or image.mode.startswith("I"):
@@ -244,7 +266,7 @@ def _open_mask(path):
     if _is_dicom(path):
         values = _dicom(path, _stored_pixels)
         return values if values.ndim == 2 else values.max(-1)
-    with Image.open(path) as f:
+    with _pillow(path) as f:
         _check_pixels(*f.size)
         f.load()
         return np.asarray(_turn(Image.fromarray(_mask_values(f)), _orientation(f)))
