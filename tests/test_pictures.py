@@ -490,3 +490,12 @@ def test_the_demo_comes_out_as_before():
         kept = read_mask(mask, read_picture(path))
         plain = shrink(Image.open(mask).convert("L"), 108, nearest=True)
         assert data_prepare._stored(kept, options, nearest=True) == data_prepare.png(plain)
+
+
+def test_what_a_draft_changes_in_real_pictures():
+    shared("datasets/slake/train.json")
+    found = sorted((SHARED / "datasets/slake/imgs").glob("*/source.jpg"))
+    large = [path for path in found if min(Image.open(path).size) >= 512][:40]
+    pairs = [[np.asarray(shrink(read_picture(p, size).image, 128)).astype(int) for size in (None, 128)] for p in large]
+    change = [abs(whole - draft) for whole, draft in pairs]
+    assert len(large) == 40 and np.mean([c.mean() for c in change]) < 0.5 and max(c.max() for c in change) <= 15
