@@ -7,7 +7,7 @@ __all__ = ['QUESTION', 'LabelPolicy', 'DataOptions', 'select_studies', 'study_fe
            'prepare_studies', 'save_studies', 'check_writable', 'prepare', 'read_manifest', 'has_report', 'count_pairs',
            'load_studies', 'load_sets', 'check_patients']
 
-# %% ../../nbs/1_data/06_prepare.ipynb #b7018d38
+# %% ../../nbs/1_data/06_prepare.ipynb #4027a75f
 import hashlib, io, json
 from collections import Counter
 from itertools import permutations
@@ -27,7 +27,7 @@ from datasets import (
 )
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, field_validator
 from tqdm import tqdm
-from .images import ImageError, read_image, shrink
+from .images import ImageError, pad, read_mask, read_picture, shrink
 from .reports import MIN_WORDS, clean, count_words, report_text
 from .sources.base import read_source
 from medvlp.data.studies import (
@@ -54,7 +54,7 @@ class LabelPolicy(Options):
         "auto", description="a label that is uncertain; auto: what the source says, or dropped"
     )
 
-# %% ../../nbs/1_data/06_prepare.ipynb #3359b7c5
+# %% ../../nbs/1_data/06_prepare.ipynb #7b9935df
 class DataOptions(Options):
     "One study set: where it comes from, and what of it is used"
 
@@ -66,6 +66,9 @@ class DataOptions(Options):
     )
     views: list[str] = Field([], description="projections to keep, e.g. [PA, AP]; empty: all")
     image_size: int = Field(256, ge=32, description="stored shorter side in pixels; training crops a square from it")
+    square: Literal["crop", "pad"] = Field(
+        "crop", description="pad: images are stored as squares of image_size, whole, with black on two sides"
+    )
     fractions: list[NonNegativeFloat] = Field(
         [0.7, 0.1, 0.2], description="train, val and test by patient, if the collection has no split of its own"
     )
@@ -162,7 +165,7 @@ def study_features(
         | ({"labels": {k: Value("int8") for k in labels}} if labels else {})
     )
 
-# %% ../../nbs/1_data/06_prepare.ipynb #ab6f251c
+# %% ../../nbs/1_data/06_prepare.ipynb #d749de61
 def png(
     image,  # of Pillow
 ) -> dict:
@@ -170,6 +173,12 @@ def png(
     out = io.BytesIO()
     image.save(out, "PNG")
     return dict(bytes=out.getvalue(), path=None)
+
+
+def _stored(image, options, nearest=False):
+    "An image or mask in the size and shape of the options"
+    fit = pad if options.square == "pad" else shrink
+    return png(fit(image, options.image_size, nearest))
 
 # %% ../../nbs/1_data/06_prepare.ipynb #c6bae6ed
 def _policy(options, own={}):
@@ -212,36 +221,52 @@ def _prepare_report(study, reports, quarantine):
         sections = dict.fromkeys(sections, "")
     return sections | dict(paired=not reason)
 
-# %% ../../nbs/1_data/06_prepare.ipynb #d9ea34f1
-def _prepare_mask(study, image_size, quarantine):
-    "The mask as PNG, or None; an unreadable mask costs the study its segmentation only"
+# %% ../../nbs/1_data/06_prepare.ipynb #b8d59bf8
+def _prepare_mask(study, picture, options, quarantine):
+    "The mask as PNG, or None; an unusable mask costs the study its segmentation only"
     if not study["mask"]:
         return None
     try:
-        return png(shrink(read_image(study["mask"]), image_size, nearest=True))
+        return _stored(read_mask(study["mask"], picture), options, nearest=True)
     except ImageError as e:
         quarantine.add(study, "mask", str(e), "segmentation")
         return None
 
 
-def _prepare_boxes(study, size, quarantine):
-    "Boxes as fractions of the image; one that reaches beyond it costs the study all of its boxes"
-    scale = [*size, *size]
+def _box_problem(box, size):
+    "What is wrong with a box beside a picture of this width and height; empty if nothing"
+    x0, y0, x1, y1 = box
+    if not (x0 < x1 and y0 < y1):
+        return "has no area"
+    if max(box) <= 1:
+        return "looks like fractions of the picture"
+    if min(box) < -1 or x1 > size[0] + 1 or y1 > size[1] + 1:
+        return "reaches beyond the picture of {} x {} pixels".format(*size)
+    return ""
+
+
+def _prepare_boxes(study, size, options, quarantine):
+    "Boxes as fractions of the stored image; one that cannot be right costs the study all of its boxes"
     for o in study["boxes"]:
-        if min(o["box"]) < -1 or any(v > side + 1 for v, side in zip(o["box"], scale)):
-            quarantine.add(study, "boxes", "a box reaches beyond the image", "pointing")
+        if problem := _box_problem(o["box"], size):
+            values = ", ".join(f"{v:g}" for v in o["box"])
+            remedy = "Give x0, y0, x1, y1 in pixels of the image file, upright."
+            quarantine.add(study, "boxes", f"box [{values}] {problem}. {remedy}", "pointing")
             return []
-    return [dict(label=str(o["label"]), box=[v / s for v, s in zip(o["box"], scale)]) for o in study["boxes"]]
+    whole = [max(size)] * 2 if options.square == "pad" else size
+    offset = [(w - s) / 2 for w, s in zip(whole, size)] * 2
+    fractions = [[(v + o) / w for v, o, w in zip(b["box"], offset, [*whole, *whole])] for b in study["boxes"]]
+    return [dict(label=str(b["label"]), box=box) for b, box in zip(study["boxes"], fractions)]
 
 
 def _question(q):
     "A question as it is stored; what is not known is empty"
     return {k: str(q.get(k, "")) for k in QUESTION}
 
-# %% ../../nbs/1_data/06_prepare.ipynb #31463f52
+# %% ../../nbs/1_data/06_prepare.ipynb #90543f42
 def _prepare_study(
     study: dict,  # a row of notebook 00_studies
-    image_size: int,  # pixels of the shorter side
+    options: DataOptions,
     labels: list[str],  # every label of the set
     policy: dict,  # of labels
     reports: bool,  # whether the set has any
@@ -252,14 +277,14 @@ def _prepare_study(
     if not (report["paired"] or study["labels"] or study["questions"]):
         return None
     try:
-        image = read_image(study["image"])
+        picture = read_picture(study["image"], options.image_size)
     except ImageError as e:
         quarantine.add(study, "image", str(e))
         return None
     row = {k: study[k] for k in ("study_id", "patient_id", "view", "split")} | report
-    row["image"] = png(shrink(image, image_size))
-    row["mask"] = _prepare_mask(study, image_size, quarantine)
-    row["boxes"] = _prepare_boxes(study, image.size, quarantine)
+    row["image"] = _stored(picture.image, options)
+    row["mask"] = _prepare_mask(study, picture, options, quarantine)
+    row["boxes"] = _prepare_boxes(study, picture.size, options, quarantine)
     row["questions"] = [_question(q) for q in study["questions"]]
     if labels:
         row["labels"] = apply_policy(study["labels"], labels, policy)
@@ -310,7 +335,7 @@ def _add_statements(studies):
     made = [statements(s) if b else s["findings"] for s, b in zip(studies.to_dict("records"), bare)]
     return studies.assign(findings=made)
 
-# %% ../../nbs/1_data/06_prepare.ipynb #6caca3fe
+# %% ../../nbs/1_data/06_prepare.ipynb #1ce82a77
 def prepare_studies(
     studies: pd.DataFrame,  # canonical columns
     options: DataOptions,
@@ -327,7 +352,7 @@ def prepare_studies(
     expected = {split: reports and not (options.statements and split == "test") for split in SPLITS}
     policy = _policy(options, studies.attrs.get("label_policy", {}))
     rows = [
-        _prepare_study(study, options.image_size, labels, policy, expected[study["split"]], quarantine)
+        _prepare_study(study, options, labels, policy, expected[study["split"]], quarantine)
         for study in tqdm(studies.to_dict("records"), desc="prepare", unit="study")
     ]
     _check_loss(studies, quarantine, options, option)
