@@ -9,7 +9,7 @@ __all__ = ['MIN_WORDS', 'normalise', 'split_report', 'clean', 'count_words', 're
 import html, re, unicodedata
 from .headings import HEADINGS, Headings
 
-# %% ../../nbs/1_data/02_reports.ipynb #a78ef82f
+# %% ../../nbs/1_data/02_reports.ipynb #3011b64f
 _TAGS = re.compile(
     r"<\s*/?\s*(?:(br|p|div|li|ul|ol|tr|h\d)|(?:b|i|u|em|strong|span|font|td|a|sup|sub))(?:\s[^<>]*=[^<>]*)?\s*/?>",
     re.I,
@@ -28,62 +28,9 @@ def normalise(
     text = re.sub(r"\\t(?![a-z])|\t", " ", _BREAKS.sub("\n", text))
     text = unicodedata.normalize("NFKC", text)
     text = "".join(c for c in text if unicodedata.category(c) != "Cf") if not text.isascii() else text
-    return re.sub(r" +(?=\n)", "", text)
+    return re.sub(r"(?<! ) +(?=\n)", "", text)
 
-# %% ../../nbs/1_data/02_reports.ipynb #0f972b85
-_LEAD = " >•·*#-"  # may stand before a heading
-_ALONE = re.compile(rf"^[{re.escape(_LEAD)}]*(?:([A-Z][^\n:]{{2,40}}?) *$|([A-Z][A-Z /]{{2,40}}?) +[-–—] )", re.M)
-_NO_HEADING_AFTER = {"in", "for", "the", "of", "with", "no"}  # "in comparison: ..." begins no section
-
-
-def _heading_before(text, colon, headings, anywhere):
-    "(start, section) of the heading that ends at a colon, or None"
-    line = text[text.rfind("\n", 0, colon) + 1 : colon]
-    name = line.strip(_LEAD)
-    section = headings.section(name) if len(name) < 100 else None
-    if section and (not text[colon + 1 : colon + 2].strip() or headings.lists(name)):
-        return colon - len(line), section
-    sentence = re.split("[.;!?|]", line)[-1]
-    words = list(re.finditer(r"\S+", sentence))
-    for i in range(max(0, len(words) - 5), len(words)):
-        name = sentence[words[i].start() :]
-        if section := headings.lists(name):
-            joined = anywhere and words[i - 1][0].lower() not in _NO_HEADING_AFTER
-            free = section != "detail" and (i == 0 or name.isupper() or joined)
-            return (colon - len(name), section) if free else None
-    return None
-
-
-def _marks(text, headings):
-    "[(start, end, section)] of the headings in a normalised report"
-    marks = [(m.start(), m.end(), "closing") for m in headings.endings.finditer(text)]
-    for m in _ALONE.finditer(text):
-        if section := headings.lists(m[1] or m[2]):
-            marks.append((m.start(), m.end(), section))
-    one_line = "\n" not in text.strip()
-    for m in re.finditer(":", text):
-        if found := _heading_before(text, m.start(), headings, one_line and marks):
-            marks.append((found[0], m.end(), found[1]))
-    marks.sort()
-    return [m for i, m in enumerate(marks) if i == 0 or m[0] >= marks[i - 1][1]]
-
-# %% ../../nbs/1_data/02_reports.ipynb #36543d57
-def _sections(text, headings):
-    "[[section, text]] of a normalised report; the first is what stands before any heading"
-    marks = _marks(text, headings)
-    ends = [start for start, _, _ in marks] + [len(text)]
-    parts = [["start", text[: ends[0]]]]
-    for (start, end, section), stop in zip(marks, ends[1:]):
-        last = parts[-1]
-        if section == "detail" and last[0] in ("findings", "title", "impression", "addendum"):
-            last[1] += text[start:stop]
-        elif section == "title" and last[0] == "findings":
-            last[1] += "\n" + text[end:stop]
-        else:
-            parts.append(["findings", text[start:stop]] if section == "detail" else [section, text[end:stop]])
-    return parts
-
-# %% ../../nbs/1_data/02_reports.ipynb #8dfc6934
+# %% ../../nbs/1_data/02_reports.ipynb #28103c07
 _NUMBER = re.compile(r"(?<!\S)(?:\((\d{1,2})\)|(\d{1,2})[.)])\s*(?=[^\W\d_])")
 _BULLET = re.compile(r"^[ ]*[-•*·–][ ]+(?=\S)", re.M)
 _COUNTED = (
@@ -107,6 +54,11 @@ def _list_places(text):
     yield from bullets if len(bullets) > 1 or bullets[:1] and not text[: bullets[0][0]].strip() else []
 
 
+def _sentence(text):
+    "The text with a full stop, unless it ends with a mark or is empty"
+    return text.rstrip() + "." * (text.rstrip()[-1:] not in ".:;!?")
+
+
 def _list_to_sentences(text):
     "The text with each item of a list a sentence of its own, without number or bullet"
     places = sorted(_list_places(text))
@@ -114,16 +66,75 @@ def _list_to_sentences(text):
         return text
     starts, ends = zip(*places)
     items = [text[i:j].strip() for i, j in zip((0, *ends), (*starts, len(text)))]
-    return " ".join(item if item[-1] in ".:;!?" else item + "." for item in items if item)
+    return " ".join(_sentence(item) for item in items if item)
 
-# %% ../../nbs/1_data/02_reports.ipynb #f13052dc
-_EMPTY = re.compile(r"\W*(?:nan|nat|none|n/a|na|null|nil)?\W*", re.I)
+# %% ../../nbs/1_data/02_reports.ipynb #4c0d495e
+_LEAD = " >•·*#-"  # may stand before a heading
+_ALONE = re.compile(rf"^[{re.escape(_LEAD)}]*(?:([A-Z][A-Z /]{{2,40}}?) +[-–—] |([A-Z][^\n:]{{2,40}}?) *$)", re.M)
+_NO_HEADING_AFTER = {"in", "for", "the", "of", "with", "no"}  # "in comparison: ..." begins no section
+
+
+def _heading_before(text, colon, headings, opened):
+    "(start, section) of the heading that ends at a colon, or None; `opened` are the sections before it in a line"
+    line = text[text.rfind("\n", 0, colon) + 1 : colon]
+    name = line.strip(_LEAD)
+    section = headings.section(name) if len(name) < 100 else None
+    if section and (not text[colon + 1 : colon + 2].strip() or headings.lists(name)):
+        return colon - len(line), section
+    sentence = re.split("[.;!?|]", line)[-1]
+    words = list(re.finditer(r"\S+", sentence))
+    for i in range(max(0, len(words) - 5), len(words)):
+        name = sentence[words[i].start() :]
+        if section := headings.lists(name):
+            joined = opened and section not in opened and words[i - 1][0].lower() not in _NO_HEADING_AFTER
+            free = section != "detail" and (i == 0 or name.isupper() or joined)
+            return (colon - len(name), section) if free else None
+    return None
+
+
+def _marks(text, headings):
+    "[(start, end, section)] of the headings in a normalised report"
+    marks = [(m.start(), m.end(), "closing") for m in headings.endings.finditer(text)]
+    for m in _ALONE.finditer(text):
+        if section := headings.lists(m[1] or m[2]):
+            marks.append((m.start(), m.end(), section))
+    one_line = "\n" not in text.strip()
+    for m in re.finditer(":", text):
+        opened = one_line and {section for _, _, section in marks}
+        if found := _heading_before(text, m.start(), headings, opened):
+            marks.append((found[0], m.end(), found[1]))
+    marks.sort()
+    return [m for i, m in enumerate(marks) if i == 0 or m[0] >= marks[i - 1][1]]
+
+# %% ../../nbs/1_data/02_reports.ipynb #cecc7fb3
+def _sections(text, headings):
+    "[[section, text]] of a normalised report; the first is what stands before any heading"
+    marks = _marks(text, headings)
+    ends = [start for start, _, _ in marks] + [len(text)]
+    parts = [["start", text[: ends[0]]]]
+    for (start, end, section), stop in zip(marks, ends[1:]):
+        last = parts[-1]
+        if section == "detail" and last[0] in ("findings", "title", "impression", "addendum"):
+            last[1] = f"{_sentence(last[1])}\n{text[start:stop]}"
+        elif section == "title" and last[0] == "findings":
+            last[1] += "\n" + text[end:stop]
+        else:
+            parts.append(["findings", text[start:stop]] if section == "detail" else [section, text[end:stop]])
+    return parts
+
+# %% ../../nbs/1_data/02_reports.ipynb #bd1dda52
+_NOTHING = {"", "nan", "nat", "none", "na", "null", "nil"}
+
+
+def _is_empty(text):
+    "Whether a section is no text: N/A, nan, None, or nothing but punctuation"
+    return len(text) < 100 and re.sub(r"[\W_]+", "", text).lower() in _NOTHING
 
 
 def _body(text):
     "A section without its margins and list numbers; empty if it says nothing"
-    text = re.sub(r"[\s;,|]+$", "", _list_to_sentences(text.strip()))
-    return "" if _EMPTY.fullmatch(text) else re.sub(r"\.[\s.]+$", ".", text)
+    text = re.sub(r"(?:[\s;,|]|_{5,}|-{3,})+$", "", _list_to_sentences(text.strip()))
+    return "" if _is_empty(text) else re.sub(r"\.[\s.]+$", ".", text)
 
 
 def _is_title(line, headings):
@@ -166,7 +177,7 @@ def split_report(
         found["impression"] = f"{found['impression']} {addendum}".strip()
     return found
 
-# %% ../../nbs/1_data/02_reports.ipynb #fc81d86a
+# %% ../../nbs/1_data/02_reports.ipynb #4dd83593
 def clean(
     text: str,  # of a section
 ) -> str:
@@ -176,7 +187,7 @@ def clean(
     text = re.sub(r"_{2,}", " ", text)
     text = re.sub(r"\s+([.,;:])", r"\1", re.sub(r"\s+", " ", text))
     text = re.sub(r"([.,;:])(?:\s*\1)+", r"\1", text).strip()
-    return "" if _EMPTY.fullmatch(text) else text
+    return "" if _is_empty(text) else text
 
 # %% ../../nbs/1_data/02_reports.ipynb #7d54c37c
 MIN_WORDS = 3
