@@ -34,7 +34,7 @@ def _check_table(table, path):
             if seen.setdefault(name, section) != section:
                 raise ConfigError(f"{path}: {name!r} is in {seen[name]} and in {section}: remove it from one of them")
 
-# %% ../../nbs/1_data/02_headings.ipynb #58d43f14
+# %% ../../nbs/1_data/02_headings.ipynb #1e893624
 SIMILAR = 0.87  # similarity from which a spelling counts as a heading's own
 MAX_WORDS = 5  # of a heading in capitals that the table knows nothing of
 
@@ -51,7 +51,7 @@ class Headings:
             section: re.compile(rf"\b({'|'.join(map(re.escape, w))})\b") for section, w in table["words"].items()
         }
         self.endings = re.compile(
-            rf"(?:^|(?<=[.;!?]))\s*(?:{'|'.join(map(re.escape, table['endings']))})\b", re.I | re.M
+            rf"(?:^|(?<=[.;!?])) *(?:{'|'.join(map(re.escape, table['endings']))})\b", re.I | re.M
         )
         self.section = lru_cache(100_000)(self._section)
 

@@ -30,7 +30,7 @@ def normalise(
     text = "".join(c for c in text if unicodedata.category(c) != "Cf") if not text.isascii() else text
     return re.sub(r"(?<! ) +(?=\n)", "", text)
 
-# %% ../../nbs/1_data/02_reports.ipynb #28103c07
+# %% ../../nbs/1_data/02_reports.ipynb #2bf90c2d
 _NUMBER = re.compile(r"(?<!\S)(?:\((\d{1,2})\)|(\d{1,2})[.)])\s*(?=[^\W\d_])")
 _BULLET = re.compile(r"^[ ]*[-•*·–][ ]+(?=\S)", re.M)
 _COUNTED = (
@@ -42,7 +42,7 @@ def _list_places(text):
     "(start, end) of the numbers and bullets of lists"
     number = 0
     for m in _NUMBER.finditer(text):
-        before, n = text[: m.start()], int(m[1] or m[2])
+        before, n = text[max(0, m.start() - 40) : m.start()], int(m[1] or m[2])
         words = before.split()
         ended = not words or words[-1][-1] in ".;:!?"
         line = before.rstrip(" ")[-1:] in ("\n", "")
@@ -68,7 +68,7 @@ def _list_to_sentences(text):
     items = [text[i:j].strip() for i, j in zip((0, *ends), (*starts, len(text)))]
     return " ".join(_sentence(item) for item in items if item)
 
-# %% ../../nbs/1_data/02_reports.ipynb #4c0d495e
+# %% ../../nbs/1_data/02_reports.ipynb #d14077b4
 _LEAD = " >•·*#-"  # may stand before a heading
 _ALONE = re.compile(rf"^[{re.escape(_LEAD)}]*(?:([A-Z][A-Z /]{{2,40}}?) +[-–—] |([A-Z][^\n:]{{2,40}}?) *$)", re.M)
 _NO_HEADING_AFTER = {"in", "for", "the", "of", "with", "no"}  # "in comparison: ..." begins no section
@@ -76,9 +76,10 @@ _NO_HEADING_AFTER = {"in", "for", "the", "of", "with", "no"}  # "in comparison: 
 
 def _heading_before(text, colon, headings, opened):
     "(start, section) of the heading that ends at a colon, or None; `opened` are the sections before it in a line"
-    line = text[text.rfind("\n", 0, colon) + 1 : colon]
+    near = max(0, colon - 100)
+    line = text[max(near, text.rfind("\n", near, colon) + 1) : colon]
     name = line.strip(_LEAD)
-    section = headings.section(name) if len(name) < 100 else None
+    section = headings.section(name) if colon == len(line) or text[colon - len(line) - 1] == "\n" else None
     if section and (not text[colon + 1 : colon + 2].strip() or headings.lists(name)):
         return colon - len(line), section
     sentence = re.split("[.;!?|]", line)[-1]
@@ -98,11 +99,11 @@ def _marks(text, headings):
     for m in _ALONE.finditer(text):
         if section := headings.lists(m[1] or m[2]):
             marks.append((m.start(), m.end(), section))
-    one_line = "\n" not in text.strip()
+    one_line, opened = "\n" not in text.strip(), set()
     for m in re.finditer(":", text):
-        opened = one_line and {section for _, _, section in marks}
         if found := _heading_before(text, m.start(), headings, opened):
             marks.append((found[0], m.end(), found[1]))
+            opened |= {found[1]} if one_line else set()
     marks.sort()
     return [m for i, m in enumerate(marks) if i == 0 or m[0] >= marks[i - 1][1]]
 
@@ -177,15 +178,15 @@ def split_report(
         found["impression"] = f"{found['impression']} {addendum}".strip()
     return found
 
-# %% ../../nbs/1_data/02_reports.ipynb #4dd83593
+# %% ../../nbs/1_data/02_reports.ipynb #43ceb0df
 def clean(
     text: str,  # of a section
 ) -> str:
     "One line of plain text: normalised, lists as sentences, no underscores for removed names, single spaces"
     text = _list_to_sentences(normalise(text))
-    text = "".join(c if c.isprintable() else " " for c in text)
-    text = re.sub(r"_{2,}", " ", text)
-    text = re.sub(r"\s+([.,;:])", r"\1", re.sub(r"\s+", " ", text))
+    text = re.sub(r"\s+", " ", re.sub(r"_{2,}", " ", text))
+    text = text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+    text = re.sub(r" +([.,;:])", r"\1", re.sub(" +", " ", text))
     text = re.sub(r"([.,;:])(?:\s*\1)+", r"\1", text).strip()
     return "" if _is_empty(text) else text
 
