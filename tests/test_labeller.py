@@ -2,7 +2,8 @@
 
 import os, subprocess, sys, time
 import pytest
-from medvlp.data.labeller import Labeller, TERMS, read_labeller, read_labels
+from medvlp.data.labeller import Labeller, TERMS, read_labeller, read_labels, read_mentions
+from medvlp.data.reports import clean
 from medvlp.phantom.reports import report_of
 
 # a sentence: what it asserts (1) or calls uncertain (-1); the rest is 0. All are written for this test.
@@ -34,6 +35,18 @@ CHEST = {
     "Consolidation rather than effusion.": dict(consolidation=1),
     "Findings favor atelectasis instead of pneumonia.": dict(atelectasis=-1),
     "Lungs are clear.\nNo effusion.\nHeart is enlarged.": dict(cardiomegaly=1),
+    "Pneumothorax: None.": {},
+    "Pneumothorax:  None.": {},
+    "Pneumothorax: No": {},
+    "Pneumothorax: N/A": {},
+    "Effusion - none": {},
+    "Pneumothorax\tnil": {},
+    "Effusion: No\nPneumothorax: None\nConsolidation: Yes": dict(consolidation=1),
+    "PNEUMOTHORAX: NONE\nEFFUSION: SMALL": dict(effusion=1),
+    "No  effusion or  pneumothorax.  Pulmonary   edema.": dict(oedema=1),
+    "1. No focal consolidation\n2. Small left pleural effusion\n3. No pneumothorax": dict(effusion=1),
+    "1) No focal consolidation\n2) Small left pleural effusion\n3) No pneumothorax": dict(effusion=1),
+    "- No focal consolidation\n- Small left pleural effusion\n- No pneumothorax": dict(effusion=1),
     # double negation and what only looks like negation
     "No change in the large left effusion.": dict(effusion=1),
     "No significant interval change in moderate pulmonary edema.": dict(oedema=1),
@@ -208,6 +221,25 @@ def test_places_are_those_of_the_text():
     text = "No\nair-space  disease;\n\nSmall EFFUSION."
     found = [(name, value, text[i:j]) for name, value, i, j in read_labeller().mentions(text)]
     assert found == [("effusion", 1, "EFFUSION")] or found[-1] == ("effusion", 1, "EFFUSION")
+
+
+def test_places_are_those_of_a_text_with_many_spaces():
+    text = "No\nair-space   disease;\n\nSmall  EFFUSION and left\t atelectasis"
+    found = [(name, value, text[i:j]) for name, value, i, j in read_mentions(text)]
+    assert found == [
+        ("consolidation", 0, "air-space   disease"),
+        ("effusion", 1, "EFFUSION"),
+        ("atelectasis", 1, "atelectasis"),
+    ]
+
+
+@pytest.mark.parametrize("end", ["", ".", "_x000D_"])
+@pytest.mark.parametrize("number", ["{}. ", "{}) ", "({}) ", "- "])
+def test_a_list_without_full_stops_is_read_item_by_item(number, end):
+    items = ["No focal consolidation", "Small left pleural effusion", "No pneumothorax"]
+    text = clean("\n".join(number.format(i + 1) + item + end for i, item in enumerate(items)))
+    assert text == "No focal consolidation. Small left pleural effusion. No pneumothorax."
+    assert asserted(read_labels, text) == dict(effusion=1)
 
 
 def test_no_finding_is_for_whatever_has_words():

@@ -57,11 +57,18 @@ def _forms(
         forms += [term, american, _plural(term), _plural(american)]
     return list(dict.fromkeys(forms))
 
-# %% ../../nbs/1_data/04_labeller.ipynb #f04a3c62
+# %% ../../nbs/1_data/04_labeller.ipynb #5d84a433
 def _plain(text: str) -> str:
-    "The text in lower case, of the same length, without hyphens and line breaks"
+    "The text in lower case, of the same length, without hyphens, tabs and line breaks"
     lower = text.lower()
-    return (lower if len(lower) == len(text) else text).translate(str.maketrans("-\n’", "  '"))
+    return (lower if len(lower) == len(text) else text).translate(str.maketrans("-\n\t’", "   '"))
+
+
+def _squeeze(text: str) -> tuple[str, list[int]]:
+    "The text with single spaces and a full stop if it has no end; where each of its characters was"
+    places = [i for i, c in enumerate(text) if c != " " or text[i - 1 : i] != " "]
+    end = "" if text.rstrip()[-1:] in ".;!?" else " ."
+    return "".join(text[i] for i in places).rstrip() + end, places
 
 
 def _gap(term: str) -> str:
@@ -94,9 +101,10 @@ def _term_matcher(nlp, terms, rules):
 
     return match
 
-# %% ../../nbs/1_data/04_labeller.ipynb #cc686b47
+# %% ../../nbs/1_data/04_labeller.ipynb #1d4cb3ad
 _VERB = r"\b(?:is|are|was|were|has|have|had|can|could|may|might)\b"
 _END = r"(?<!\bvs)(?<=\S)[.!?](?=\s|(?-i:[A-Z])|$)|;|\n\s*\n"
+_END += r"|\n(?=[ ]*(?:(?:[-•*]|\d{1,2}[.)])[ ]|[^\W\d_][^\n:.;,]{1,40}:))"
 _NOT = re.compile(r"\b(?:no|not|without|neither)\b", re.I)
 
 
@@ -163,7 +171,7 @@ def _cue_components(nlp, rules):
         termset = {name: list(dict.fromkeys(map(_plain, phrases))) for name, phrases in termset.items()}
         yield _cue_class()(nlp, kind, termset, extension_name=kind, span_keys=["findings"])
 
-# %% ../../nbs/1_data/04_labeller.ipynb #1a141b74
+# %% ../../nbs/1_data/04_labeller.ipynb #088f4f19
 class Labeller:
     "Reads the findings that a report asserts: `labeller(text)`"
 
@@ -180,12 +188,14 @@ class Labeller:
         self._read = lru_cache(100_000)(self._read_clause)
 
     def _read_clause(self, clause):
-        doc = self._nlp.make_doc(_plain(clause))
+        text, places = _squeeze(_plain(clause))
+        doc = self._nlp.make_doc(text)
         doc.spans["findings"] = spans = self._match(doc)
         for cues in self._cues if spans else []:
             cues(doc)
         values = [0 if s._.gone else -1 if s._.uncertain else 0 if s._.negated else 1 for s in spans]
-        return [(n, v, s.start_char, s.end_char) for s, v in zip(spans, values) for n in s.label_.split("|")]
+        found = [(places[s.start_char], places[s.end_char - 1] + 1, s.label_) for s in spans]
+        return [(n, v, i, j) for (i, j, names), v in zip(found, values) for n in names.split("|")]
 
     def mentions(
         self,
