@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['imagefolder']
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #12cf75cc
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #07c19932
 import json, re
 from pathlib import Path
 import pandas as pd
@@ -19,25 +19,12 @@ from medvlp.data.studies import (
     check_unique,
     list_columns,
     need_columns,
+    parse_label,
     place,
     read_table,
     short,
 )
 from ...project.config import closest
-
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #241d43d3
-def _parse_label(text, place):
-    "1, 0, -1 or None from a cell of a label column"
-    if text.strip() == "":
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = None
-    if value not in (1, 0, -1):
-        rule = "A label is 1 (present), 0 (absent), -1 (uncertain) or empty (unknown)."
-        raise StudyError(f"{place} is {short(text)!r}. {rule}")
-    return int(value)
 
 # %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #ef1ae41a
 def _parse_json(text, place, keys):
@@ -104,9 +91,9 @@ def _unread(table: pd.DataFrame) -> list[str]:
     names = [short(name) + _hint(name) for name in table if not _is_read(name)]
     return [f"metadata.csv: columns that only the option `where` can use: {', '.join(names)}"] if names else []
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #757c093a
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #4d796140
 def _has_ids(table: pd.DataFrame) -> bool:
-    return "study_id" in table and table.study_id.str.strip().any()
+    return "study_id" in table and table.study_id.any()
 
 
 def _study_ids(table: pd.DataFrame) -> pd.Series:
@@ -115,7 +102,7 @@ def _study_ids(table: pd.DataFrame) -> pd.Series:
         return table.file_name
     study = table.groupby("study_id")
     several = (study.study_id.transform("size") > 1) & (study.patient_id.transform("nunique") == 1)
-    several &= table.study_id.str.strip() != ""
+    several &= table.study_id != ""
     return table.study_id.where(~several, table.study_id + "/" + table.file_name)
 
 
@@ -140,7 +127,7 @@ def _card_title(folder: Path) -> str:
         raise StudyError(f"{card}: what stands between the two lines --- at its top is not YAML. {remedy}") from None
     return str(facts.get("pretty_name") or "").strip()
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #2f72bc50
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #8bd25019
 def _read_text(row):
     "The two sections of a report"
     sections = {k: row.get(k, "") for k in ("findings", "impression")}
@@ -149,12 +136,12 @@ def _read_text(row):
 
 def _read_row(folder, row, where):
     "One row of metadata.csv in the canonical columns, then the columns that nothing else uses"
-    labels = {k[6:]: _parse_label(v, f"{where}, {k}") for k, v in row.items() if _is_label(k)}
+    labels = {k[6:]: parse_label(v, f"{where}, {k}") for k, v in row.items() if _is_label(k)}
     study = dict(
         study_id=row["study_id"],
-        patient_id=row["patient_id"].strip(),
+        patient_id=row["patient_id"],
         image=str(folder / row["file_name"]),
-        view=row.get("view", "").strip().upper(),
+        view=row.get("view", "").upper(),
         **_read_text(row),
         split=row.get("split", ""),
         labels={k: v for k, v in labels.items() if v is not None},
@@ -164,7 +151,7 @@ def _read_row(folder, row, where):
     )
     return study | {k: v for k, v in row.items() if not _is_read(k) and k not in COLUMNS}
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #f722f3da
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #31c1201b
 def imagefolder(
     folder: str | Path,  # contains metadata.csv and the images that it names
 ) -> pd.DataFrame:  # canonical columns, then the other columns of metadata.csv; one row per image
@@ -182,6 +169,6 @@ def imagefolder(
         keys=keys,
         title=_card_title(folder),
         image_path=f"{folder} / file_name",
-        notes=_unread(table) + _several(table, ids),
+        notes=table.attrs["notes"] + _unread(table) + _several(table, ids),
     )
     return studies
