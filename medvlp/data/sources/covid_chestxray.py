@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['COVID_GROUPS', 'covid_group', 'covid_chestxray']
 
-# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #7318a3ff
+# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #9afbe237
 from pathlib import Path
 import pandas as pd
 from ..reports import split_report
 from .base import one_hot, read_json
-from ..studies import need_columns, read_table
+from ..studies import check_unique, need_columns, read_table
 
 # %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #b11c51aa
 _BACTERIA = "streptococcus klebsiella e.coli legionella mycoplasma chlamydophila nocardia staphylococcus tuberculosis"
@@ -45,7 +45,7 @@ def _coco_boxes(path: Path) -> dict:
         boxes[files[a["image_id"]]].append(dict(label=names[a["category_id"]], box=[x, y, x + w, y + h]))
     return boxes
 
-# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #66e24307
+# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #b468c711
 _NEEDED = ["patientid", "finding", "view", "modality", "folder", "filename", "clinical_notes"]
 
 
@@ -74,6 +74,7 @@ def _read_splits(path):
         return {}
     table = read_table(path)
     need_columns(table, ["filename"])
+    check_unique(table, "filename", "Give each image one row.")
     return {row["filename"]: row for row in table.to_dict("records")}
 
 # %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #b547cf57
