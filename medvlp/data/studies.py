@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'FEW', 'COLUMNS', 'StudyError', 'place', 'short', 'is_utf8', 'read_table', 'need_columns', 'list_columns',
            'parse_label', 'check_fractions', 'split_by_patient', 'check_filled', 'check_unique', 'json_text',
-           'check_studies', 'Quarantine']
+           'strip_names', 'check_studies', 'Quarantine']
 
 # %% ../../nbs/1_data/00_studies.ipynb #ab5e1f51
 import csv, gzip, hashlib, io, json, re, zlib
@@ -341,9 +341,11 @@ def _check_split(studies: pd.DataFrame) -> None:
     if 0 < len(empty) < len(split):
         raise StudyError(f"{place(studies, empty[0])}: split is empty, others are not. Fill in all or none.")
 
-# %% ../../nbs/1_data/00_studies.ipynb #a9daf6d1
-def _stripped(studies: pd.DataFrame) -> pd.DataFrame:
-    "The names of a study without white space around them; letters with accents have one form"
+# %% ../../nbs/1_data/00_studies.ipynb #424cee67
+def strip_names(
+    studies: pd.DataFrame,  # canonical columns
+) -> pd.DataFrame:
+    "The names of a study without white space around them; a letter with an accent has one form"
     names = ["study_id", "patient_id", "view", "split"]
     return studies.assign(**{name: studies[name].str.normalize("NFC").str.strip() for name in names})
 
@@ -354,7 +356,7 @@ def check_studies(
     seed: int = 0,  # of a drawn split
 ) -> pd.DataFrame:  # the same, names stripped, `split` filled in, the fields of questions as text
     "Draw the split by patient if there is none; raise `StudyError` on repeated identifiers, unknown splits and leaks"
-    studies = _stripped(studies)
+    studies = strip_names(studies)
     check_filled(studies, "study_id")
     check_filled(studies, "patient_id")
     check_unique(studies, "study_id", "Give each study its own; images of one study need the same patient.")

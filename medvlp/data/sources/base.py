@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['source_names', 'read_source', 'read_json', 'read_questions', 'one_hot']
 
-# %% ../../../nbs/1_data/sources/00_base.ipynb #784ad7cb
+# %% ../../../nbs/1_data/sources/00_base.ipynb #5ebf6ce5
 import json, re
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 import pandas as pd
 from .. import sources
-from ..studies import StudyError, json_text
+from ..studies import StudyError, json_text, strip_names
 from ...project.config import did_you_mean
 
 # %% ../../../nbs/1_data/sources/00_base.ipynb #7b8ac800
@@ -20,7 +20,7 @@ def source_names() -> list[str]:
     "The layouts that can be read: the modules beside this one"
     return sorted(m.name for m in iter_modules(sources.__path__) if m.name != "base")
 
-# %% ../../../nbs/1_data/sources/00_base.ipynb #cf6e45c1
+# %% ../../../nbs/1_data/sources/00_base.ipynb #889caf20
 def read_source(
     name: str,  # one of `source_names()`
     folder: str | Path,  # where the collection is
@@ -33,7 +33,7 @@ def read_source(
     studies = getattr(import_module(f"medvlp.data.sources.{name}"), name)(folder)
     if studies.empty:
         raise StudyError(f"{folder}: holds no radiograph in the layout {name}. Check the folder and the option source.")
-    return studies
+    return strip_names(studies)
 
 # %% ../../../nbs/1_data/sources/00_base.ipynb #9e5ba1ec
 def read_json(
