@@ -88,14 +88,15 @@ def is_utf8(
     "Whether the text was valid UTF-8 on disk"
     return "\ufffd" not in text
 
-# %% ../../nbs/1_data/00_studies.ipynb #dbadec88
+# %% ../../nbs/1_data/00_studies.ipynb #04803d13
 def _decode(data: bytes, path: Path) -> tuple[str, str]:
     "The text of a file, and the name of its encoding unless that is UTF-8"
     wide = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}.get(data[:2])
     wide = wide or ("utf-16-le" if data[1:2] == b"\0" else "utf-16-be" if data[:1] == b"\0" else "")
     try:
         text = data.decode(wide) if wide else data.decode("utf-8-sig", errors="replace")
-        if not wide and not is_utf8(text) and text.replace("\ufffd", "").isascii():
+        damaged = not text.replace("\ufffd", "").isascii() or "\ufffd".encode() in data
+        if not wide and not is_utf8(text) and not damaged:
             return data.decode("cp1252"), "Windows-1252"
     except UnicodeDecodeError:
         if wide:
@@ -104,7 +105,7 @@ def _decode(data: bytes, path: Path) -> tuple[str, str]:
         raise StudyError(f"{path}: this is not a text file. {_REMEDY}")
     return text, "UTF-16" if wide else ""
 
-# %% ../../nbs/1_data/00_studies.ipynb #c5d60a0e
+# %% ../../nbs/1_data/00_studies.ipynb #88fcd256
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
@@ -117,12 +118,12 @@ def _stated_delimiter(text: str) -> str:
 def _find_delimiter(text: str) -> str:
     "The sign by which most of the first 20 rows have as many fields as the header, and more than one"
 
-    def agreeing(sign):
+    def score(sign):
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=sign)
-        counts = [len(row) for row in islice(filter(any, rows), 20)]
-        return sum(n == counts[0] > 1 for n in counts)
+        counts = [len(row) for row in islice(filter(any, rows), 20)] or [0]
+        return sum(n == counts[0] > 1 for n in counts), counts[0]
 
-    return max(_DELIMITERS, key=agreeing)  # commas, if several do equally well
+    return max(_DELIMITERS, key=score)  # where rows agree equally: the sign with more fields, then commas
 
 # %% ../../nbs/1_data/00_studies.ipynb #1de5b3c3
 def _check_header(header: list[str], path: Path) -> None:
