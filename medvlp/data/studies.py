@@ -88,24 +88,32 @@ def is_utf8(
     "Whether the text was valid UTF-8 on disk"
     return "\ufffd" not in text
 
-# %% ../../nbs/1_data/00_studies.ipynb #04803d13
+# %% ../../nbs/1_data/00_studies.ipynb #ba44df49
+def _decode_bytes(data: bytes) -> tuple[str, str]:
+    "The text of single bytes, and the name of its encoding unless that is UTF-8"
+    text = data.decode("utf-8-sig", errors="replace")
+    damaged = not text.replace("\ufffd", "").isascii() or "\ufffd".encode() in data  # UTF-8, but for some bytes
+    if is_utf8(text) or damaged:
+        return text, ""
+    try:
+        return data.decode("cp1252"), "Windows-1252"
+    except UnicodeDecodeError:
+        return text, ""
+
+
 def _decode(data: bytes, path: Path) -> tuple[str, str]:
-    "The text of a file, and the name of its encoding unless that is UTF-8"
+    "The text of a file, and the name of its encoding unless that is UTF-8; `StudyError` if it holds no text"
     wide = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}.get(data[:2])
     wide = wide or ("utf-16-le" if data[1:2] == b"\0" else "utf-16-be" if data[:1] == b"\0" else "")
     try:
-        text = data.decode(wide) if wide else data.decode("utf-8-sig", errors="replace")
-        damaged = not text.replace("\ufffd", "").isascii() or "\ufffd".encode() in data
-        if not wide and not is_utf8(text) and not damaged:
-            return data.decode("cp1252"), "Windows-1252"
+        text, name = (data.decode(wide), "UTF-16") if wide else _decode_bytes(data)
     except UnicodeDecodeError:
-        if wide:
-            raise StudyError(f"{path}: this looks like UTF-16 but is damaged. {_REMEDY}") from None
+        raise StudyError(f"{path}: this looks like UTF-16 but is damaged. {_REMEDY}") from None
     if "\0" in text:
         raise StudyError(f"{path}: this is not a text file. {_REMEDY}")
-    return text, "UTF-16" if wide else ""
+    return text, name
 
-# %% ../../nbs/1_data/00_studies.ipynb #88fcd256
+# %% ../../nbs/1_data/00_studies.ipynb #92b9bdf0
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
@@ -119,7 +127,7 @@ def _find_delimiter(text: str) -> str:
     "The sign by which most of the first 20 rows have as many fields as the header, and more than one"
 
     def score(sign):
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=sign)
+        rows = csv.reader(io.StringIO(text[:100_000], newline=""), delimiter=sign)
         counts = [len(row) for row in islice(filter(any, rows), 20)] or [0]
         return sum(n == counts[0] > 1 for n in counts), counts[0]
 
