@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['imagefolder']
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #07c19932
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #52aa74cb
 import json, re
 from pathlib import Path
 import pandas as pd
@@ -17,6 +17,7 @@ from medvlp.data.studies import (
     StudyError,
     check_filled,
     check_unique,
+    json_text,
     list_columns,
     need_columns,
     parse_label,
@@ -39,10 +40,10 @@ def _parse_json(text, place, keys):
         raise StudyError(f"{place} must be a JSON list of objects with the keys {', '.join(keys)}.")
     return items
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #19beaec1
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #453bcba5
 def _is_box(box):
     "Whether this is [x0, y0, x1, y1] with x0 < x1 and y0 < y1"
-    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
+    numbers = isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)
     return numbers and box[0] < box[2] and box[1] < box[3]
 
 
@@ -53,7 +54,7 @@ def _parse_boxes(text, place):
         if not _is_box(o["box"]):
             rule = "Give [x0, y0, x1, y1] in pixels of the image, with x0 < x1 and y0 < y1."
             raise StudyError(f"{place}: {short(str(o['box']))} is not a box. {rule}")
-    return boxes
+    return [o | dict(label=json_text(o["label"], f"{place}: the label of a box")) for o in boxes]
 
 # %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #ef34971b
 _CONTENT = ["findings", "impression", "report", "questions"]
