@@ -288,6 +288,43 @@ def test_a_damaged_byte_in_utf8_costs_its_report_alone(folder):
     assert len(prepared) == 48 and quarantine.reason.tolist() == ["not UTF-8: save the file as UTF-8"]
 
 
+def damaged(data, rng):
+    "A few bytes changed, inserted or cut off, or the whole in another encoding"
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 6)):
+        kind, i = rng.integers(5), rng.integers(len(data) + 1)
+        if kind == 0:
+            data[i : i + 1] = bytes([rng.integers(256)])
+        elif kind == 1:
+            data[i:i] = bytes(rng.choice([*b'",;[]{}: \n\r\t\0\xff1'], 1).astype(np.uint8))
+        elif kind == 2:
+            del data[i : i + rng.integers(40)]
+        elif kind == 3:
+            data = data.replace(b"yes", rng.choice([b"", b'"', b"null", b"Yes."]).item())
+        else:
+            encoding = rng.choice(["utf-16", "utf-32", "cp1252", "utf-8-sig"])
+            data = bytearray(data.decode("utf-8", "replace").encode(encoding, "replace"))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("source, name", [("imagefolder", "metadata.csv"), ("vqa_rad", "testset.json")])
+def test_damaged_tables_give_one_line_or_a_table(tmp_path, source, name):
+    question = dict(question="Größe?", answer="yes", answer_type="OPEN", question_type="X", image_name="a.jpg")
+    table = pd.DataFrame(dict(file_name=["a.png", "b.png"], patient_id=["ä", "ü"], findings="Clear\nlungs; normal."))
+    table = table.assign(split="train", label_a=1, questions=json.dumps([question]))
+    good = dict(imagefolder=table.to_csv(index=False), vqa_rad=json.dumps([question] * 2, indent=1))[source].encode()
+    (tmp_path / "trainset.json").write_text(json.dumps([question]))
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(200):
+        (tmp_path / name).write_bytes(damaged(good, rng))
+        try:
+            check_studies(read_source(source, tmp_path))
+        except StudyError as e:
+            assert "\n" not in str(e) and str(tmp_path) in str(e)
+            refused += 1
+    assert 50 < refused < 200
+
+
 # ---- leaks
 
 
