@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['QUESTION', 'LabelPolicy', 'DataOptions', 'select_studies', 'study_features', 'png', 'apply_policy', 'statements',
-           'prepare_studies', 'save_studies', 'check_writable', 'prepare', 'read_manifest', 'has_report', 'count_pairs',
-           'load_studies', 'load_sets', 'check_patients']
+           'prepare_studies', 'save_studies', 'check_writable', 'difference_hash', 'nearly_identical', 'find_leaks',
+           'prepare', 'read_manifest', 'has_report', 'count_pairs', 'load_studies', 'load_sets', 'check_patients']
 
-# %% ../../nbs/1_data/06_prepare.ipynb #4027a75f
+# %% ../../nbs/1_data/06_prepare.ipynb #52925ba4
 import hashlib, io, json
 from collections import Counter
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Literal
 import numpy as np
@@ -25,6 +25,7 @@ from datasets import (
     disable_progress_bars,
     load_from_disk,
 )
+from PIL.Image import Resampling
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, field_validator
 from tqdm import tqdm
 from .images import ImageError, pad, read_mask, read_picture, shrink
@@ -527,7 +528,72 @@ def _loss_remarks(quarantine, output):
     for kind, rows in table.groupby("excluded_from", sort=False):
         yield f"studies {words[kind]}: {_reasons(rows)}; all are listed in {output}/quarantine.csv"
 
-# %% ../../nbs/1_data/06_prepare.ipynb #e06de0a2
+# %% ../../nbs/1_data/06_prepare.ipynb #89d678a1
+def _grids(ds) -> np.ndarray:
+    "Grey levels of the images [N,8,9], averaged over rectangles"
+    images = tqdm(ds["image"], desc="compare images", unit="image", disable=len(ds) < 1000)
+    return np.array([np.asarray(image.resize((9, 8), Resampling.BOX)) for image in images], np.uint8)
+
+
+def difference_hash(
+    grids: np.ndarray,  # [N,8,9] grey levels
+) -> np.ndarray:  # [N] of 64 bits
+    "Which grey levels are below their neighbour to the right, a bit each"
+    return np.packbits(grids[:, :, :-1] < grids[:, :, 1:]).view(np.uint64)
+
+
+def nearly_identical(
+    grids: np.ndarray,  # [N,8,9] grey levels
+    some: np.ndarray,  # [S] row numbers
+    others: np.ndarray,  # [O] row numbers
+) -> np.ndarray:  # [S] bool
+    "Whether each of some images is nearly the same as one of the others"
+    hashes, found = difference_hash(grids), []
+    for i in some:
+        near = others[np.bitwise_count(hashes[others] ^ hashes[i]) <= 3]
+        found.append((np.abs(grids[near].astype(int) - grids[i]).mean((1, 2)) < 2).any())
+    return np.array(found, bool)
+
+# %% ../../nbs/1_data/06_prepare.ipynb #4523c4ba
+def _members(ds):
+    "{split: [n] row numbers}: the studies of a split, and those with questions in it"
+    asked = [{split, *(q["split"] or split for q in qs)} for split, qs in zip(ds["split"][:], ds["questions"][:])]
+    return {s: rows for s in SPLITS if len(rows := np.flatnonzero([s in splits for splits in asked]))}
+
+
+def _reports(ds):
+    "{split: its reports} in lower case, with single spaces"
+    reports = {s: [] for s in SPLITS}
+    for study in ds.select_columns(["split", "paired", "findings", "impression"]):
+        if study["paired"]:
+            reports[study["split"]].append(" ".join(report_text(study).lower().split()))
+    return reports
+
+
+def find_leaks(
+    ds: Dataset,  # prepared
+) -> dict:  # {pictures, texts: {"test in train": {shared, of}}}, without pairs of splits that share nothing
+    "How many pictures and reports of a split are in another split too"
+    members, reports, leaks = _members(ds), _reports(ds), dict(pictures={}, texts={})
+    grids = _grids(ds) if len(members) > 1 else None
+    for one, other in combinations(members, 2):
+        known = set(reports[one])
+        same = dict(pictures=nearly_identical(grids, members[other], members[one]))
+        same |= dict(texts=np.array([text in known for text in reports[other]], bool))
+        for kind, found in same.items():
+            if found.any():
+                leaks[kind][f"{other} in {one}"] = dict(shared=int(found.sum()), of=len(found))
+    return leaks
+
+
+def _leak_remarks(leaks):
+    "On pictures and reports that are in two splits"
+    for kind, name in dict(pictures="nearly identical pictures", texts="identical reports").items():
+        counts = {pair.replace(" in ", " are also in "): n for pair, n in leaks[kind].items()}
+        if found := [f"{n['shared']} of {n['of']} in {pair}" for pair, n in counts.items()]:
+            yield f"warning: {name} in two splits: {', '.join(found)}"
+
+# %% ../../nbs/1_data/06_prepare.ipynb #8ae0beb9
 def prepare(
     options: DataOptions,
     output: str | Path,  # folder of the prepared set, e.g. prepared/phantom
@@ -540,10 +606,13 @@ def prepare(
         print(f"{option}: {note}")
     drawn = not studies.split.str.strip().any()
     ds, quarantine = prepare_studies(studies, options, option)
+    for study, field, reason in studies.attrs.get("excluded", []):
+        quarantine.add(study, field, reason)
     facts = dict(title=_title(studies, options), label_policy=_policy(options, studies.attrs.get("label_policy", {})))
-    facts |= dict(label_changes=_label_changes(ds, studies))
+    facts |= dict(label_changes=_label_changes(ds, studies), leaks=find_leaks(ds))
     manifest = save_studies(ds, quarantine, options, output, **facts)
     remarks = [*_split_remarks(manifest, drawn, options, option), *_content_remarks(manifest, options)]
+    remarks += _leak_remarks(manifest["leaks"])
     for remark in [*remarks, *_loss_remarks(quarantine, output)]:
         print(f"{option}: {remark}")
     return manifest

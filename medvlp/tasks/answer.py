@@ -7,7 +7,7 @@ __all__ = ['AnswerConfig', 'AnswerModel', 'build_answer_model', 'AnswerOptions',
            'resolve_head', 'train_answer_model', 'answer_logits', 'decode_answers', 'give_answers', 'answer',
            'load_answerer']
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #997fe355
+# %% ../../nbs/9_tasks/08_answer.ipynb #980c705e
 import json, shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +28,8 @@ from ..project.config import ComputeOptions, ConfigError, Dropout, Fraction
 from .metrics.intervals import few_note, join_notes
 from .metrics.scores import TaskResult, no_result
 from .questions import CollateQuestions, QuestionExamples, answer_metric_names, answer_scores
-from .questions import answer_table, answer_vocabulary, count_truncated, lacking_questions
+from .questions import answer_table, answer_vocabulary, closed_answers, count_truncated
+from .questions import lacking_questions
 from .questions import normalise_answer, question_parts, question_table, split_validation
 from .questions import with_other_images
 from ..training.downstream import DownstreamOptions, fit, stage_checkpoints, stored_size
@@ -184,7 +185,7 @@ class _DecoderOptions(_FusionOptions):
             raise ValueError(f"decoding is {self.decoding}; name each way once")
         return self
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #268aad67
+# %% ../../nbs/9_tasks/08_answer.ipynb #ed77ca63
 class AnswerOptions(_DecoderOptions):
     "How a model that answers questions is trained, and how it answers"
 
@@ -192,7 +193,10 @@ class AnswerOptions(_DecoderOptions):
         "auto", description="what answers; auto: a decoder where the method has a co-attention, else a classifier"
     )
     min_count: PositiveInt = Field(1, description="answers that are rarer in training are not classes")
-    yes_no: bool = Field(False, description="closed questions are answered by yes or no alone (classifier)")
+    yes_no: bool = Field(
+        False,
+        description="closed questions are answered by yes or no, or else as closed training questions are (classifier)",
+    )
     questions_per_study: NonNegativeInt = Field(
         0, description="at most so many questions of a study in an epoch, drawn anew each time; 0: all"
     )
@@ -215,17 +219,17 @@ class AnswerOptions(_DecoderOptions):
         find_fusion(model, self.fusion)
         resolve_head(model, self)
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #f61906c4
+# %% ../../nbs/9_tasks/08_answer.ipynb #e4fd5134
 def predict_answers(
     logits: np.ndarray,  # [Q,A]
     answers: list[str],  # A of them
     closed,  # [Q] bool
-    yes_no: bool = False,  # closed questions are answered by yes or no
+    choices=(),  # answers that closed questions may have; empty: all
 ) -> np.ndarray:  # [Q] of answers
     "The likeliest answer to each question"
-    words = {"yes", "no"} & set(answers)
-    if yes_no and words:
-        excluded = np.asarray(closed, bool)[:, None] & ~np.isin(answers, list(words))
+    possible = np.isin(answers, list(choices))
+    if possible.any():
+        excluded = np.asarray(closed, bool)[:, None] & ~possible
         logits = np.where(excluded, -np.inf, logits)
     return np.asarray(answers, dtype=object)[logits.argmax(1)]
 
@@ -330,7 +334,7 @@ def answer_logits(
     logits = [model(**batch)["logits"].float() for batch in _batches(model, studies, table, batch_size, workers)]
     return torch.cat(logits).cpu().numpy()
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #73d81100
+# %% ../../nbs/9_tasks/08_answer.ipynb #f3140bfc
 @torch.inference_mode()
 def decode_answers(
     model: Answerer,
@@ -355,18 +359,19 @@ def give_answers(
     table: pd.DataFrame,  # rows of `question_table`, sorted by study
     options: AnswerOptions,
     *,
+    choices=(),  # of `predict_answers`
     headline: bool = False,  # in the first way alone
     workers: int = 0,
 ) -> dict:  # {column: [Q]}: given, and `given (free)` or the like for further ways
     "The answers of either head"
     if isinstance(model, AnswerModel):
         logits = answer_logits(model, studies, table, workers=workers)
-        return dict(given=predict_answers(logits, model.config.answers, table.closed, options.yes_no))
+        return dict(given=predict_answers(logits, model.config.answers, table.closed, choices))
     ways = options.decoding[:1] if headline else options.decoding
     found = decode_answers(model, studies, table, ways, workers=workers)
     return {"given" if way == ways[0] else f"given ({way})": answers for way, answers in found.items()}
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #7fa21bb9
+# %% ../../nbs/9_tasks/08_answer.ipynb #d089b0bb
 def answer(  # noqa: F811, the method of AnswerModel has the same name
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is
@@ -396,6 +401,7 @@ def answer(  # noqa: F811, the method of AnswerModel has the same name
         for blind in (True, False)
     )
     how = dict(workers=resolve_workers(compute.workers, trained.device.type))
+    how |= dict(choices=closed_answers(parts["train"]) if options.yes_no else [])
     found = give_answers(trained, studies, test, options, **how)
     found["blind"] = give_answers(blind, studies, test, options, headline=True, **how)["given"]
     shuffled = give_answers(trained, studies, other, options, headline=True, **how)["given"]

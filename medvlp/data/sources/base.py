@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['source_names', 'read_source', 'read_json', 'read_questions', 'one_hot']
 
-# %% ../../../nbs/1_data/sources/00_base.ipynb #cf016c5b
-import json
+# %% ../../../nbs/1_data/sources/00_base.ipynb #5ebf6ce5
+import json, re
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 import pandas as pd
 from .. import sources
-from ..studies import StudyError
+from ..studies import StudyError, json_text, strip_names
 from ...project.config import did_you_mean
 
 # %% ../../../nbs/1_data/sources/00_base.ipynb #7b8ac800
@@ -20,7 +20,7 @@ def source_names() -> list[str]:
     "The layouts that can be read: the modules beside this one"
     return sorted(m.name for m in iter_modules(sources.__path__) if m.name != "base")
 
-# %% ../../../nbs/1_data/sources/00_base.ipynb #cf6e45c1
+# %% ../../../nbs/1_data/sources/00_base.ipynb #889caf20
 def read_source(
     name: str,  # one of `source_names()`
     folder: str | Path,  # where the collection is
@@ -33,35 +33,52 @@ def read_source(
     studies = getattr(import_module(f"medvlp.data.sources.{name}"), name)(folder)
     if studies.empty:
         raise StudyError(f"{folder}: holds no radiograph in the layout {name}. Check the folder and the option source.")
-    return studies
+    return strip_names(studies)
 
-# %% ../../../nbs/1_data/sources/00_base.ipynb #5d187053
+# %% ../../../nbs/1_data/sources/00_base.ipynb #9e5ba1ec
 def read_json(
     path: str | Path,
 ):  # whatever the file holds
     "Read a JSON file; `StudyError` if it is damaged"
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
+        return json.loads(Path(path).read_bytes())  # in UTF-8, UTF-16 or UTF-32, with or without a byte order mark
+    except UnicodeDecodeError:
+        raise StudyError(f"{path}: is not JSON in UTF-8. Save the file as UTF-8.") from None
+    except (ValueError, RecursionError) as e:
         raise StudyError(f"{path}: is not JSON in UTF-8: {e}. Copy the file again.") from None
 
-# %% ../../../nbs/1_data/sources/00_base.ipynb #6f1ed478
+# %% ../../../nbs/1_data/sources/00_base.ipynb #b535255c
+def _place(path, i):
+    "The file, the line at which its question i begins, and the number of the question"
+    data = Path(path).read_bytes()
+    text, between, read = data.decode(json.detect_encoding(data)), re.compile(r"[\s,]*"), json.JSONDecoder().raw_decode
+    at = text.index("[") + 1
+    for _ in range(i):
+        at = read(text, between.match(text, at).end())[1]
+    line = text.count("\n", 0, between.match(text, at).end()) + 1
+    return f"{path}, line {line}, question {i + 1}"
+
+
 def read_questions(
     path: Path,  # a JSON file
     keys: list[str],  # that every question has
     layout: str,  # what the collection's folder contains, a sentence
-) -> list[dict]:
-    "The questions of a file as they are; `StudyError` if there is no such file, or a question lacks a key"
+) -> list[dict]:  # the values of these keys as text
+    "The questions of a file; `StudyError` without the file, or if a question lacks a key or the text of one"
     if not path.is_file():
         raise StudyError(f"{path}: no such file. {layout}")
-    rows = read_json(path)
+    rows, found = read_json(path), []
     if not isinstance(rows, list):
         raise StudyError(f"{path}: holds no list of questions. {layout}")
     for i, row in enumerate(rows):
-        if missing := [key for key in keys if key not in row]:
+        if missing := [key for key in keys if not isinstance(row, dict) or key not in row]:
             remedy = "Copy the file again, or remove the question."
-            raise StudyError(f"{path}, question {i + 1}: no {', '.join(missing)}. {remedy}")
-    return rows
+            raise StudyError(f"{_place(path, i)}: no {', '.join(missing)}. {remedy}")
+        try:
+            found.append(row | {key: json_text(row[key], key) for key in keys})
+        except StudyError as e:
+            raise StudyError(f"{_place(path, i)}, {e}") from None
+    return found
 
 # %% ../../../nbs/1_data/sources/00_base.ipynb #f11cc8d0
 def one_hot(

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['COVID_GROUPS', 'covid_group', 'covid_chestxray']
 
-# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #7318a3ff
+# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #bcf0d9cf
 from pathlib import Path
 import pandas as pd
 from ..reports import split_report
 from .base import one_hot, read_json
-from ..studies import need_columns, read_table
+from ..studies import StudyError, check_unique, need_columns, read_table
 
 # %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #b11c51aa
 _BACTERIA = "streptococcus klebsiella e.coli legionella mycoplasma chlamydophila nocardia staphylococcus tuberculosis"
@@ -31,21 +31,28 @@ def covid_group(
     finding = finding.lower()
     return next((g for g, words in COVID_GROUPS.items() if any(w in finding for w in words)), "")
 
-# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #d6cf52b0
+# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #229ab418
+def _boxes_by_file(coco):
+    files = {i["id"]: i["file_name"] for i in coco["images"]}
+    names = {c["id"]: c["name"].lower().replace(" ", "_") for c in coco["categories"]}
+    boxes = {f: [] for f in files.values()}
+    for a in coco["annotations"]:
+        x, y, w, h = map(float, a["bbox"])
+        boxes[files[a["image_id"]]].append(dict(label=names[a["category_id"]], box=[x, y, x + w, y + h]))
+    return boxes
+
+
 def _coco_boxes(path: Path) -> dict:
     "{file name: boxes as in notebook 00_studies} from a COCO file; nothing if there is no such file"
     if not path.is_file():
         return {}
     coco = read_json(path)
-    files = {i["id"]: i["file_name"] for i in coco["images"]}
-    names = {c["id"]: c["name"].lower().replace(" ", "_") for c in coco["categories"]}
-    boxes = {f: [] for f in files.values()}
-    for a in coco["annotations"]:
-        x, y, w, h = a["bbox"]
-        boxes[files[a["image_id"]]].append(dict(label=names[a["category_id"]], box=[x, y, x + w, y + h]))
-    return boxes
+    try:
+        return _boxes_by_file(coco)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise StudyError(f"{path}: is not in COCO's format: {e}. Copy the file again.") from None
 
-# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #66e24307
+# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #b468c711
 _NEEDED = ["patientid", "finding", "view", "modality", "folder", "filename", "clinical_notes"]
 
 
@@ -74,6 +81,7 @@ def _read_splits(path):
         return {}
     table = read_table(path)
     need_columns(table, ["filename"])
+    check_unique(table, "filename", "Give each image one row.")
     return {row["filename"]: row for row in table.to_dict("records")}
 
 # %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #b547cf57

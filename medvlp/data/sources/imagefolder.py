@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['imagefolder']
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #12cf75cc
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #52aa74cb
 import json, re
 from pathlib import Path
 import pandas as pd
@@ -17,27 +17,15 @@ from medvlp.data.studies import (
     StudyError,
     check_filled,
     check_unique,
+    json_text,
     list_columns,
     need_columns,
+    parse_label,
     place,
     read_table,
     short,
 )
 from ...project.config import closest
-
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #241d43d3
-def _parse_label(text, place):
-    "1, 0, -1 or None from a cell of a label column"
-    if text.strip() == "":
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = None
-    if value not in (1, 0, -1):
-        rule = "A label is 1 (present), 0 (absent), -1 (uncertain) or empty (unknown)."
-        raise StudyError(f"{place} is {short(text)!r}. {rule}")
-    return int(value)
 
 # %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #ef1ae41a
 def _parse_json(text, place, keys):
@@ -52,10 +40,10 @@ def _parse_json(text, place, keys):
         raise StudyError(f"{place} must be a JSON list of objects with the keys {', '.join(keys)}.")
     return items
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #19beaec1
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #453bcba5
 def _is_box(box):
     "Whether this is [x0, y0, x1, y1] with x0 < x1 and y0 < y1"
-    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
+    numbers = isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)
     return numbers and box[0] < box[2] and box[1] < box[3]
 
 
@@ -66,7 +54,7 @@ def _parse_boxes(text, place):
         if not _is_box(o["box"]):
             rule = "Give [x0, y0, x1, y1] in pixels of the image, with x0 < x1 and y0 < y1."
             raise StudyError(f"{place}: {short(str(o['box']))} is not a box. {rule}")
-    return boxes
+    return [o | dict(label=json_text(o["label"], f"{place}: the label of a box")) for o in boxes]
 
 # %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #ef34971b
 _CONTENT = ["findings", "impression", "report", "questions"]
@@ -104,9 +92,9 @@ def _unread(table: pd.DataFrame) -> list[str]:
     names = [short(name) + _hint(name) for name in table if not _is_read(name)]
     return [f"metadata.csv: columns that only the option `where` can use: {', '.join(names)}"] if names else []
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #757c093a
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #4d796140
 def _has_ids(table: pd.DataFrame) -> bool:
-    return "study_id" in table and table.study_id.str.strip().any()
+    return "study_id" in table and table.study_id.any()
 
 
 def _study_ids(table: pd.DataFrame) -> pd.Series:
@@ -115,7 +103,7 @@ def _study_ids(table: pd.DataFrame) -> pd.Series:
         return table.file_name
     study = table.groupby("study_id")
     several = (study.study_id.transform("size") > 1) & (study.patient_id.transform("nunique") == 1)
-    several &= table.study_id.str.strip() != ""
+    several &= table.study_id != ""
     return table.study_id.where(~several, table.study_id + "/" + table.file_name)
 
 
@@ -140,7 +128,7 @@ def _card_title(folder: Path) -> str:
         raise StudyError(f"{card}: what stands between the two lines --- at its top is not YAML. {remedy}") from None
     return str(facts.get("pretty_name") or "").strip()
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #2f72bc50
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #8bd25019
 def _read_text(row):
     "The two sections of a report"
     sections = {k: row.get(k, "") for k in ("findings", "impression")}
@@ -149,12 +137,12 @@ def _read_text(row):
 
 def _read_row(folder, row, where):
     "One row of metadata.csv in the canonical columns, then the columns that nothing else uses"
-    labels = {k[6:]: _parse_label(v, f"{where}, {k}") for k, v in row.items() if _is_label(k)}
+    labels = {k[6:]: parse_label(v, f"{where}, {k}") for k, v in row.items() if _is_label(k)}
     study = dict(
         study_id=row["study_id"],
-        patient_id=row["patient_id"].strip(),
+        patient_id=row["patient_id"],
         image=str(folder / row["file_name"]),
-        view=row.get("view", "").strip().upper(),
+        view=row.get("view", "").upper(),
         **_read_text(row),
         split=row.get("split", ""),
         labels={k: v for k, v in labels.items() if v is not None},
@@ -164,7 +152,7 @@ def _read_row(folder, row, where):
     )
     return study | {k: v for k, v in row.items() if not _is_read(k) and k not in COLUMNS}
 
-# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #f722f3da
+# %% ../../../nbs/1_data/sources/01_imagefolder.ipynb #31c1201b
 def imagefolder(
     folder: str | Path,  # contains metadata.csv and the images that it names
 ) -> pd.DataFrame:  # canonical columns, then the other columns of metadata.csv; one row per image
@@ -182,6 +170,6 @@ def imagefolder(
         keys=keys,
         title=_card_title(folder),
         image_path=f"{folder} / file_name",
-        notes=_unread(table) + _several(table, ids),
+        notes=table.attrs["notes"] + _unread(table) + _several(table, ids),
     )
     return studies

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['mimic_cxr']
 
-# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #f132297e
+# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #634d5b55
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 from ..reports import split_report
-from ..studies import COLUMNS, StudyError, check_unique, need_columns
+from ..studies import COLUMNS, StudyError, check_unique, need_columns, parse_label, place, read_table
 
-# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #1529dbcb
+# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #3401d842
 def _read_table(
     folder: Path,  # of MIMIC-CXR-JPG
     name: str,  # split, metadata or chexpert
@@ -24,23 +24,20 @@ def _read_table(
     path = next((p for p in (stem, Path(f"{stem}.gz")) if p.is_file()), None)
     if path is None:
         raise StudyError(f"{stem}[.gz]: no such file. It comes with MIMIC-CXR-JPG 2.0.0, beside the folder files/.")
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, OSError, EOFError) as e:
-        raise StudyError(f"{path}: cannot be read: {' '.join(str(e).split())}. Download it again.") from None
-    table.attrs["file"] = str(path)
+    table = read_table(path)
     need_columns(table, columns)
     return table
 
-# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #f1f8f255
+# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #cfe6c17a
 def _labels(table: pd.DataFrame) -> dict:
     "{study number: {label: 1, 0 or -1}} of the chexpert table; label names in lower case with underscores"
     names = [c for c in table if c not in ("subject_id", "study_id")]
     keys = [n.lower().replace(" ", "_") for n in names]
-    return {
-        study: {k: int(float(v)) for k, v in zip(keys, values) if v}
-        for study, *values in table[["study_id", *names]].itertuples(index=False)
-    }
+    labels = {}
+    for row, study, *values in table[["study_id", *names]].itertuples():
+        where = place(table, row)
+        labels[study] = {k: parse_label(v, f"{where}, {n}") for k, n, v in zip(keys, names, values) if v}
+    return labels
 
 # %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #ce0e7135
 def _read_report(path: Path) -> dict | None:
@@ -68,15 +65,16 @@ def _read_reports(
         raise StudyError(f"{paths[0]}: no such file, nor any other report in {folder}. {remedy}")
     return found
 
-# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #e9a06618
+# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #89af9d60
 def _read_rows(folder: Path) -> pd.DataFrame:
-    "The split and metadata tables joined, one row per image; the index is the line of the split table"
+    "The split and metadata tables joined, one row per image, `known` if it is in both; the lines of the split table"
     splits = _read_table(folder, "split", ["dicom_id", "study_id", "subject_id", "split"])
     metadata = _read_table(folder, "metadata", ["dicom_id", "ViewPosition"])
     metadata = metadata.drop(columns=["study_id", "subject_id"], errors="ignore")
     for table in (splits, metadata):
         check_unique(table, "dicom_id", "Download the table again.")
-    rows = splits.assign(line=range(2, len(splits) + 2)).merge(metadata, on="dicom_id").set_index("line")
+    rows = splits.join(metadata.set_index("dicom_id"), on="dicom_id").fillna("")
+    rows = rows.assign(known=rows.dicom_id.isin(metadata.dicom_id))
     rows.attrs = splits.attrs
     return rows
 
@@ -84,14 +82,16 @@ def _read_rows(folder: Path) -> pd.DataFrame:
 def _study_path(folder, study, patient):
     return folder / "files" / f"p{patient[:2]}" / f"p{patient}" / f"s{study}"
 
-# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #53432983
+# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #febe0e62
 def mimic_cxr(
     folder: str | Path,  # contains the three tables and files/
 ) -> pd.DataFrame:  # canonical columns, then those of the split and metadata tables; one row per image
     "Read MIMIC-CXR-JPG with the reports of MIMIC-CXR, in the official layout and split"
     folder = Path(folder)
     rows = _read_rows(folder)
-    labels = _labels(_read_table(folder, "chexpert", ["study_id"]))
+    findings = _read_table(folder, "chexpert", ["study_id"])
+    check_unique(findings, "study_id", "Download the table again.")
+    labels = _labels(findings)
     paths = [_study_path(folder, *names) for names in zip(rows.study_id, rows.subject_id)]
     files = [p.with_suffix(".txt") for p in paths]
     reports = _read_reports(list(dict.fromkeys(files)), folder)
@@ -109,8 +109,11 @@ def mimic_cxr(
         mask="",
         questions=[[] for _ in paths],
     )
-    studies = studies[[*COLUMNS, *(c for c in rows if c not in COLUMNS)]]
+    absent, studies = studies[~studies.known], studies[studies.known]
+    studies = studies[[*COLUMNS, *(c for c in rows if c not in [*COLUMNS, "known"])]]
+    reason = "no row in the metadata table"
     studies.attrs = rows.attrs | dict(
+        excluded=[(row, "view", reason) for row in absent[["study_id", "image"]].to_dict("records")],
         title="MIMIC-CXR",
         label_policy=dict(blank="absent"),
         keys=dict(study_id="dicom_id", patient_id="subject_id"),

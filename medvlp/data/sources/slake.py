@@ -11,7 +11,7 @@ import pandas as pd
 from .base import one_hot, read_json, read_questions
 from ..studies import StudyError
 
-# %% ../../../nbs/1_data/sources/05_slake.ipynb #32740a19
+# %% ../../../nbs/1_data/sources/05_slake.ipynb #5d76a99c
 _KEYS = ["img_name", "question", "answer", "q_lang", "answer_type", "content_type", "location", "modality"]
 _LAYOUT = "SLAKE needs train.json, validate.json, test.json and imgs/."
 _SPLITS = dict(train="train", validate="val", test="test")
@@ -20,19 +20,19 @@ _ORGANS += ["abdomen", "pelvic_cavity"]
 
 
 def _name(text):
-    return str(text).strip().lower().replace(" ", "_")
+    return text.strip().lower().replace(" ", "_")
 
 
 def _question(row, split):
     "One question in the canonical form"
     return dict(
-        question=str(row["question"]).strip(),
-        answer=str(row["answer"]).strip(),
+        question=row["question"],
+        answer=row["answer"],
         answer_type=_name(row["answer_type"]),
-        question_type=str(row["content_type"]),
+        question_type=row["content_type"],
         split=split,
         organ=_name(row["location"]),
-        modality=str(row["modality"]),
+        modality=row["modality"],
     )
 
 # %% ../../../nbs/1_data/sources/05_slake.ipynb #217d1e1f

@@ -10,20 +10,20 @@ from pathlib import Path
 import pandas as pd
 from .base import one_hot, read_questions
 
-# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #155241f0
+# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #6af30a76
 _KEYS = ["image_name", "question", "answer", "answer_type", "question_type"]
 _LAYOUT = "VQA-RAD needs trainset.json, testset.json and images/."
 
 
 def _question(row, split):
-    "One question in the canonical form; an answer may be a number in the file"
+    "One question in the canonical form"
     return dict(
-        question=str(row["question"]).strip(),
-        answer=str(row["answer"]).strip(),
-        answer_type=str(row["answer_type"]).strip().lower(),
+        question=row["question"],
+        answer=row["answer"],
+        answer_type=row["answer_type"].lower(),
         question_type=row["question_type"],
         split=split,
-        organ=row.get("image_organ", "").lower(),
+        organ=str(row.get("image_organ") or "").strip().lower(),
     )
 
 # %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #003a1243
