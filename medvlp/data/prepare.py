@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['QUESTION', 'LabelPolicy', 'DataOptions', 'select_studies', 'study_features', 'png', 'apply_policy', 'statements',
-           'prepare_studies', 'save_studies', 'check_writable', 'difference_hash', 'nearly_identical', 'find_leaks',
-           'prepare', 'read_manifest', 'has_report', 'count_pairs', 'load_studies', 'load_sets', 'check_patients']
+           'prepare_studies', 'save_studies', 'write_manifest', 'check_writable', 'difference_hash', 'nearly_identical',
+           'find_leaks', 'prepare', 'read_manifest', 'has_report', 'count_pairs', 'load_studies', 'load_sets',
+           'check_patients']
 
-# %% ../../nbs/1_data/06_prepare.ipynb #52925ba4
-import hashlib, io, json
+# %% ../../nbs/1_data/06_prepare.ipynb #3cd8e10e
+import hashlib, io, json, os, shutil, tempfile, weakref
 from collections import Counter
+from functools import partial
 from itertools import combinations, permutations
 from pathlib import Path
 from typing import Literal
@@ -30,6 +32,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, field_validator
 from tqdm import tqdm
 from .images import ImageError, pad, read_mask, read_picture, shrink
 from .reports import MIN_WORDS, clean, count_words, report_text
+from .shards import close_shards, write_shards
 from .sources.base import read_source
 from medvlp.data.studies import (
     COLUMNS,
@@ -336,14 +339,21 @@ def _add_statements(studies):
     made = [statements(s) if b else s["findings"] for s, b in zip(studies.to_dict("records"), bare)]
     return studies.assign(findings=made)
 
-# %% ../../nbs/1_data/06_prepare.ipynb #1ce82a77
+# %% ../../nbs/1_data/06_prepare.ipynb #f0963fae
 def prepare_studies(
     studies: pd.DataFrame,  # canonical columns
     options: DataOptions,
     option: str = "data",  # where these options are in params.yaml, for messages
+    *,
+    output: str | Path | None = None,  # folder of the Arrow files; None: a temporary one, removed with the data set
+    parts: str | Path | None = None,  # folder of what an interrupted run has done; None: within the output
+    key: str = "",  # what decides the rows beside studies and options, such as the version of the code
+    workers: int = 0,  # processes that decode; 0: this one
 ) -> tuple[Dataset, Quarantine]:
     "Check, split, decode and clean studies; `StudyError` if they cannot be used"
     quarantine = Quarantine()
+    for excluded in studies.attrs.get("excluded", []):
+        quarantine.add(*excluded)
     studies = check_studies(studies, options.fractions, options.seed)
     studies = _select_views(studies, options.views, quarantine, option)
     studies = _add_statements(studies) if options.statements else studies
@@ -352,12 +362,35 @@ def prepare_studies(
     reports = bool((studies.findings + studies.impression).str.strip().any())
     expected = {split: reports and not (options.statements and split == "test") for split in SPLITS}
     policy = _policy(options, studies.attrs.get("label_policy", {}))
-    rows = [
-        _prepare_study(study, options, labels, policy, expected[study["split"]], quarantine)
-        for study in tqdm(studies.to_dict("records"), desc="prepare", unit="study")
-    ]
+    row = partial(_row_and_losses, options=options, labels=labels, policy=policy, expected=expected)
+    folder = Path(output or tempfile.mkdtemp())
+    parts, features = Path(parts or folder / "parts"), study_features(labels)
+    stored = options.model_dump_json(include={"image_size", "square"})
+    how = dict(key=f"{key} {stored} {policy} {expected} {_stamps(studies)}", workers=workers, title="prepare")
+    for losses in write_shards(row, studies.to_dict("records"), features, parts, **how):
+        quarantine.rows += losses
     _check_loss(studies, quarantine, options, option)
-    return Dataset.from_list([r for r in rows if r], features=study_features(labels)), quarantine
+    close_shards(features, parts, folder)
+    ds = load_from_disk(str(folder))
+    if output is None:
+        weakref.finalize(ds, shutil.rmtree, folder, ignore_errors=True)
+    return ds, quarantine
+
+# %% ../../nbs/1_data/06_prepare.ipynb #c37e9d03
+def _row_and_losses(study, options, labels, policy, expected):
+    "A prepared row or None, and what was set aside, as `write_shards` takes them"
+    quarantine = Quarantine()
+    row = _prepare_study(study, options, labels, policy, expected[study["split"]], quarantine)
+    return row, [[str(value) for value in entry] for entry in quarantine.rows]
+
+
+def _stamps(studies):
+    "A hash of sizes and times of the images and masks: whether an interrupted run saw the same files"
+    stamps = hashlib.sha256()
+    for path in (*studies.image, *studies["mask"]):
+        facts = os.stat(path) if path and os.path.isfile(path) else None
+        stamps.update(f"{path} {facts and (facts.st_size, facts.st_mtime_ns)}".encode())
+    return stamps.hexdigest()
 
 # %% ../../nbs/1_data/06_prepare.ipynb #a26352d8
 def _count_labels(ds):
@@ -407,15 +440,7 @@ def _count(ds: Dataset, quarantine: Quarantine) -> dict:
         quarantine={k: int(n) for k, n in quarantine.frame().excluded_from.value_counts().sort_index().items()},
     )
 
-# %% ../../nbs/1_data/06_prepare.ipynb #344dd1a6
-def _fingerprint(ds: Dataset) -> str:
-    "A hash of the types and of every value"
-    content = hashlib.sha256(repr(ds.features).encode())
-    for batch in ds.with_format("arrow").iter(1000):
-        content.update(json.dumps(batch.to_pylist(), default=lambda b: hashlib.sha256(b).hexdigest()).encode())
-    return content.hexdigest()[:16]
-
-
+# %% ../../nbs/1_data/06_prepare.ipynb #31229320
 def save_studies(
     ds: Dataset,  # of prepare_studies
     quarantine: Quarantine,
@@ -427,8 +452,18 @@ def save_studies(
     output = Path(output)
     check_writable(output)
     disable_progress_bars()
-    ds._fingerprint = _fingerprint(ds)
     ds.save_to_disk(output)
+    return write_manifest(ds, quarantine, options, output, **facts)
+
+
+def write_manifest(
+    ds: Dataset,  # of prepare_studies
+    quarantine: Quarantine,
+    options: DataOptions,
+    output: Path,  # folder of the set
+    **facts,  # as for `save_studies`
+) -> dict:  # the manifest
+    "Write what a set contains, and what was set aside"
     quarantine.frame().to_csv(output / "quarantine.csv", index=False)
     facts = dict(title=options.title or Path(options.folder).resolve().name, label_policy=_policy(options)) | facts
     manifest = facts | options.model_dump(include={"source", "folder", "where"}) | _count(ds, quarantine)
@@ -593,10 +628,11 @@ def _leak_remarks(leaks):
         if found := [f"{n['shared']} of {n['of']} in {pair}" for pair, n in counts.items()]:
             yield f"warning: {name} in two splits: {', '.join(found)}"
 
-# %% ../../nbs/1_data/06_prepare.ipynb #8ae0beb9
+# %% ../../nbs/1_data/06_prepare.ipynb #f7a63657
 def prepare(
     options: DataOptions,
     output: str | Path,  # folder of the prepared set, e.g. prepared/phantom
+    **how,  # parts, key and workers, see `prepare_studies`
 ) -> dict:  # the manifest
     "Read a collection, select, check, decode and clean its studies, write the prepared set, and print remarks on it"
     check_writable(output)
@@ -605,12 +641,10 @@ def prepare(
     for note in studies.attrs.get("notes", []):  # a misspelt column may be why the rest fails
         print(f"{option}: {note}")
     drawn = not studies.split.str.strip().any()
-    ds, quarantine = prepare_studies(studies, options, option)
-    for study, field, reason in studies.attrs.get("excluded", []):
-        quarantine.add(study, field, reason)
+    ds, quarantine = prepare_studies(studies, options, option, output=output, **how)
     facts = dict(title=_title(studies, options), label_policy=_policy(options, studies.attrs.get("label_policy", {})))
     facts |= dict(label_changes=_label_changes(ds, studies), leaks=find_leaks(ds))
-    manifest = save_studies(ds, quarantine, options, output, **facts)
+    manifest = write_manifest(ds, quarantine, options, Path(output), **facts)
     remarks = [*_split_remarks(manifest, drawn, options, option), *_content_remarks(manifest, options)]
     remarks += _leak_remarks(manifest["leaks"])
     for remark in [*remarks, *_loss_remarks(quarantine, output)]:

@@ -452,10 +452,10 @@ def _stage(resolved, kind, run="", options=None, modules=(), outputs=None, **fie
         **fields,
     )
 
-# %% ../../nbs/0_project/04_plan.ipynb #576d8ebb
+# %% ../../nbs/0_project/04_plan.ipynb #232a3bde
 def _prepare_stages(resolved):
     for data, options in resolved.sets.items():
-        outputs = dict(prepared=f"prepared/{data}")
+        outputs = dict(prepared=f"prepared/{data}", checkpoints="checkpoints")
         inputs = dict(needs=resolved.needs(data))
         source = f"medvlp.data.sources.{options.source}"
         yield _stage(resolved, "prepare", data, options, [source], outputs, data=data, inputs=inputs)
