@@ -185,7 +185,7 @@ class _DecoderOptions(_FusionOptions):
             raise ValueError(f"decoding is {self.decoding}; name each way once")
         return self
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #ed77ca63
+# %% ../../nbs/9_tasks/08_answer.ipynb #cc3f4108
 class AnswerOptions(_DecoderOptions):
     "How a model that answers questions is trained, and how it answers"
 
@@ -204,8 +204,8 @@ class AnswerOptions(_DecoderOptions):
     val_fraction: Fraction = Field(
         0.1, lt=1, description="of the training patients, as validation split where there is none"
     )
-    best: Literal["accuracy", "loss"] = Field(
-        "accuracy", description="of the validation questions, by which weights are kept and training stops"
+    best: Literal["accuracy", "loss", "last"] = Field(
+        "accuracy", description="which weights are kept: of the best evaluation by accuracy or loss, or the last ones"
     )
     n_resamples: PositiveInt = Field(1000, description="bootstrap resamples of the test patients")
     examples: PositiveInt = Field(8, description="answers on the sheet")
@@ -278,7 +278,7 @@ def _build(model, tokenizer, answers, options, candidates, place):
     net = build_answerer(model, tokenizer, answers, **fields)
     return net, CollateAnswers(tokenizer, options.max_tokens, net.config.answer_tokens)
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #0416c2e8
+# %% ../../nbs/9_tasks/08_answer.ipynb #d8a64053
 def train_answer_model(
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is
@@ -298,17 +298,18 @@ def train_answer_model(
     fields = dict(stored_size=stored_size(studies), blind=blind)
     net, collate = _build(model, tokenizer, answers, options, candidates, fields)
     size, drawn = model.config.image["image_size"], options.questions_per_study
+    last = options.best == "last"
     return fit(
         net,
         QuestionExamples(studies, parts["train"], answers, size, options, seed, questions_per_study=drawn, blind=blind),
-        QuestionExamples(studies, parts["val"], answers, size, seed=seed, blind=blind),
+        None if last else QuestionExamples(studies, parts["val"], answers, size, seed=seed, blind=blind),
         options,
         collate=collate,
         seed=seed,
         compute=compute,
         **place,
         title="answer without the image" if blind else "answer",
-        metric=options.best,
+        metric="loss" if last else options.best,
     )
 
 # %% ../../nbs/9_tasks/08_answer.ipynb #5a6987b6

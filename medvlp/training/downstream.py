@@ -128,7 +128,7 @@ def _budget(n, options):
     every = -(-steps // options.epochs)
     return every * options.epochs, every
 
-# %% ../../nbs/8_training/02_downstream.ipynb #9d210495
+# %% ../../nbs/8_training/02_downstream.ipynb #6d552bef
 def _arguments(folder, n, options, seed, compute, has_val, metric):
     "The options as arguments of Trainer"
     args = TrainingArguments(
@@ -154,7 +154,7 @@ def _arguments(folder, n, options, seed, compute, has_val, metric):
         args._n_gpu = 1  # one process uses one GPU
     return args
 
-
+# %% ../../nbs/8_training/02_downstream.ipynb #2b02ee61
 def _schedule(n, options, has_val, metric):
     "Steps, checkpoints and evaluations"
     steps, every = _budget(n, options)
@@ -177,7 +177,7 @@ def _machine(compute):
         dataloader_pin_memory=device != "cpu",
     )
 
-# %% ../../nbs/8_training/02_downstream.ipynb #9e37fc3b
+# %% ../../nbs/8_training/02_downstream.ipynb #4c1cb224
 class DownstreamTrainer(AddressedSampling, Trainer):
     "transformers' Trainer with two learning rates, addressed sampling, early stopping and one progress bar"
 
@@ -212,7 +212,7 @@ class DownstreamTrainer(AddressedSampling, Trainer):
         epoch = super()._get_train_sampler(dataset).epoch
         return _PairSampler(len(self.train_dataset), self.args.train_batch_size, self.args.seed, epoch)
 
-
+# %% ../../nbs/8_training/02_downstream.ipynb #60a692cf
 def _last(outputs, labels):
     "The last output of a model, which says what share of each study it gets right"
     return outputs[-1]
