@@ -13,7 +13,7 @@ help:         ## this list
 install: $(VENV)/installed ## make .venv and install the locked versions
 $(VENV)/installed: settings.ini setup.py lock.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,dicom]'
 	touch $@
 
 weights: $(VENV)/weights ## install real text-encoder weights (MiniLM), for experiments that name them

@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 cfg = ConfigParser(delimiters=["="], interpolation=None)
 cfg.read("settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
-EXTRAS = ("dev", "weights", "clinical", "teachers")
+EXTRAS = ("dev", "dicom", "weights", "clinical", "teachers")
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], author=cfg["author"],
