@@ -8,7 +8,7 @@ __all__ = ['QUESTION', 'LabelPolicy', 'DataOptions', 'select_studies', 'study_fe
            'find_leaks', 'prepare', 'read_manifest', 'has_report', 'count_pairs', 'load_studies', 'load_sets',
            'check_patients']
 
-# %% ../../nbs/1_data/06_prepare.ipynb #3cd8e10e
+# %% ../../nbs/1_data/06_prepare.ipynb #a732eeac
 import hashlib, io, json, os, shutil, tempfile, weakref
 from collections import Counter
 from functools import partial
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from .images import ImageError, pad, read_mask, read_picture, shrink
 from .reports import MIN_WORDS, clean, count_words, report_text
 from .shards import close_shards, write_shards
-from .sources.base import read_source
+from .sources.base import collection_folder, read_source
 from medvlp.data.studies import (
     COLUMNS,
     FEW,
@@ -58,12 +58,16 @@ class LabelPolicy(Options):
         "auto", description="a label that is uncertain; auto: what the source says, or dropped"
     )
 
-# %% ../../nbs/1_data/06_prepare.ipynb #7b9935df
+# %% ../../nbs/1_data/06_prepare.ipynb #9cb4f422
 class DataOptions(Options):
     "One study set: where it comes from, and what of it is used"
 
     source: str = Field("imagefolder", description="layout of the collection: a module of medvlp.data.sources")
-    folder: str = Field("data", description="where the collection is")
+    folder: str = Field(
+        "data",
+        description="where the collection is; if it is large, a file in it, such as its index, by which DVC tells "
+        "whether it has changed",
+    )
     title: str = Field("", description="what tables and figures call the set; empty: its own title")
     where: dict[str, list[str]] = Field(
         {}, description="select rows by columns of the collection's metadata: {hospital: A} or {hospital: [A, B]}"
@@ -440,7 +444,7 @@ def _count(ds: Dataset, quarantine: Quarantine) -> dict:
         quarantine={k: int(n) for k, n in quarantine.frame().excluded_from.value_counts().sort_index().items()},
     )
 
-# %% ../../nbs/1_data/06_prepare.ipynb #31229320
+# %% ../../nbs/1_data/06_prepare.ipynb #7589d2cf
 def save_studies(
     ds: Dataset,  # of prepare_studies
     quarantine: Quarantine,
@@ -465,7 +469,10 @@ def write_manifest(
 ) -> dict:  # the manifest
     "Write what a set contains, and what was set aside"
     quarantine.frame().to_csv(output / "quarantine.csv", index=False)
-    facts = dict(title=options.title or Path(options.folder).resolve().name, label_policy=_policy(options)) | facts
+    facts = (
+        dict(title=options.title or collection_folder(options.folder).resolve().name, label_policy=_policy(options))
+        | facts
+    )
     manifest = facts | options.model_dump(include={"source", "folder", "where"}) | _count(ds, quarantine)
     (output / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
@@ -485,10 +492,10 @@ def check_writable(
         remedy = "Choose another output folder, or obtain the right to write there."
         raise PermissionError(f"{folder}: cannot be written to ({e.strerror}). {remedy}") from None
 
-# %% ../../nbs/1_data/06_prepare.ipynb #b3911f38
+# %% ../../nbs/1_data/06_prepare.ipynb #3851f6c6
 def _title(studies, options):
     "The option `title`, or the collection's own with what was selected, or the folder's name likewise"
-    own = studies.attrs.get("title") or Path(options.folder).resolve().name
+    own = studies.attrs.get("title") or collection_folder(options.folder).resolve().name
     selected = [f"{column} {' or '.join(values)}" for column, values in options.where.items()]
     return options.title or ", ".join([own, *selected])
 
@@ -726,12 +733,12 @@ def load_sets(
     sets = [_select(_keep_labels(ds, common), split, sections) for ds in sets]
     return sets[0] if len(sets) == 1 else concatenate_datasets(sets)
 
-# %% ../../nbs/1_data/06_prepare.ipynb #55614673
+# %% ../../nbs/1_data/06_prepare.ipynb #2c0c7cc7
 def _patients(folder):
     "Where a prepared set comes from, and the patients of its train split and of its other splits"
     table = _open(folder).select_columns(["patient_id", "split"]).to_pandas()
     train = table.split == "train"
-    origin = Path(read_manifest(folder)["folder"]).resolve()
+    origin = collection_folder(read_manifest(folder)["folder"]).resolve()
     return (
         origin,
         set(table.patient_id[train]),

@@ -120,10 +120,10 @@ class _Problems(list):
             self.append(f"{where}: a name stands there twice")
         return [name for name in names if name in known]
 
-# %% ../../nbs/0_project/04_plan.ipynb #86523146
+# %% ../../nbs/0_project/04_plan.ipynb #c092b23b
 def _is_absent(folder):
-    "Whether there is neither such a folder nor a file by which DVC can create it"
-    return not folder.is_dir() and not folder.with_name(folder.name + ".dvc").is_file()
+    "Whether there is neither such a folder or file nor a file by which DVC can create it"
+    return not folder.exists() and not folder.with_name(folder.name + ".dvc").is_file()
 
 
 def _check_data(problems, experiment, file, need_data):
