@@ -185,7 +185,7 @@ class _DecoderOptions(_FusionOptions):
             raise ValueError(f"decoding is {self.decoding}; name each way once")
         return self
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #cc3f4108
+# %% ../../nbs/9_tasks/08_answer.ipynb #981b2f6a
 class AnswerOptions(_DecoderOptions):
     "How a model that answers questions is trained, and how it answers"
 
@@ -204,8 +204,10 @@ class AnswerOptions(_DecoderOptions):
     val_fraction: Fraction = Field(
         0.1, lt=1, description="of the training patients, as validation split where there is none"
     )
-    best: Literal["accuracy", "loss", "last"] = Field(
-        "accuracy", description="which weights are kept: of the best evaluation by accuracy or loss, or the last ones"
+    best: Literal["auto", "accuracy", "loss", "last"] = Field(
+        "auto",
+        description="which weights are kept: of the best evaluation by accuracy or loss, or the last ones; auto: by "
+        "accuracy where the set has validation questions of its own, else the last",
     )
     n_resamples: PositiveInt = Field(1000, description="bootstrap resamples of the test patients")
     examples: PositiveInt = Field(8, description="answers on the sheet")
@@ -278,7 +280,7 @@ def _build(model, tokenizer, answers, options, candidates, place):
     net = build_answerer(model, tokenizer, answers, **fields)
     return net, CollateAnswers(tokenizer, options.max_tokens, net.config.answer_tokens)
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #d8a64053
+# %% ../../nbs/9_tasks/08_answer.ipynb #911beb1a
 def train_answer_model(
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is
@@ -309,7 +311,7 @@ def train_answer_model(
         compute=compute,
         **place,
         title="answer without the image" if blind else "answer",
-        metric="loss" if last else options.best,
+        metric="loss" if last or options.best == "loss" else "accuracy",
     )
 
 # %% ../../nbs/9_tasks/08_answer.ipynb #5a6987b6
@@ -372,7 +374,14 @@ def give_answers(
     found = decode_answers(model, studies, table, ways, workers=workers)
     return {"given" if way == ways[0] else f"given ({way})": answers for way, answers in found.items()}
 
-# %% ../../nbs/9_tasks/08_answer.ipynb #d089b0bb
+# %% ../../nbs/9_tasks/08_answer.ipynb #20957361
+def _choose_best(options, table):
+    "The options with `best` decided"
+    own = (table.split == "val").any()
+    best = options.best if options.best != "auto" else "accuracy" if own else "last"
+    return options.model_copy(update=dict(best=best))
+
+# %% ../../nbs/9_tasks/08_answer.ipynb #10ef6e61
 def answer(  # noqa: F811, the method of AnswerModel has the same name
     model,
     tokenizer,  # a method and its tokenizer; the method stays as it is
@@ -390,6 +399,7 @@ def answer(  # noqa: F811, the method of AnswerModel has the same name
     table = question_table(studies)
     if reason := lacking_questions(table, options.min_count):
         return no_result(reason, output)
+    options = _choose_best(options, table)
     table = split_validation(table, options.val_fraction, seed)
     answers = answer_vocabulary(table.answer[table.split == "train"], options.min_count)
     parts = question_parts(table, answers)
