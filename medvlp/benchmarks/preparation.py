@@ -81,12 +81,12 @@ def decode_rate(
     Parallel(n_jobs=workers)(delayed(_decode)(part, size, reduced) for part in parts)
     return len(paths) / (time.perf_counter() - start)
 
-# %% ../../nbs/benchmarks/04_preparation.ipynb #4a2407a2
+# %% ../../nbs/benchmarks/04_preparation.ipynb #8bd3488b
 def _memory(process):
-    "Bytes of a process; 0 if it has ended meanwhile"
+    "Bytes of a process without mapped files; 0 if it has ended meanwhile"
     try:
-        facts = process.memory_full_info()
-        return getattr(facts, "pss", facts.rss)
+        facts = process.memory_info()
+        return facts.rss - getattr(facts, "shared", 0)
     except psutil.Error:
         return 0
 
