@@ -13,7 +13,7 @@ import pandas as pd
 from .base import read_json
 from ..studies import SPLITS, StudyError, check_unique, json_text, need_columns, read_table, short
 
-# %% ../../../nbs/1_data/sources/06_openi.ipynb #1becd676
+# %% ../../../nbs/1_data/sources/06_openi.ipynb #b1d115a1
 _COPY = "Copy or download it again."
 
 
@@ -28,7 +28,8 @@ def _xml_files(path):
                 if member.isfile() and re.search(r"(^|/)[^./][^/]*\.xml$", member.name):
                     yield f"{path}, {member.name}", tar.extractfile(member).read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as e:
-        raise StudyError(f"{path}: cannot be read: {e}. {_COPY}") from None
+        reason = str(e).partition("\n")[0].rstrip(":")  # tarfile adds a line for every format it tried
+        raise StudyError(f"{path}: cannot be read: {reason}. {_COPY}") from None
 
 
 def _texts(root, tag):
