@@ -98,7 +98,7 @@ def study(
     row = dict(study_id=study_id, patient_id=study_id, image=str(image), view="", findings="", impression="")
     return row | dict(split="", labels={}, boxes=[], mask="", questions=[]) | known
 
-# %% ../../../nbs/1_data/sources/00_base.ipynb #53026462
+# %% ../../../nbs/1_data/sources/00_base.ipynb #c35429d7
 def corner_box(
     label: str,
     cells: list[str],  # x, y, width and height in pixels
@@ -112,7 +112,7 @@ def corner_box(
         good = False
     if not good:
         rule = "A box is x, y, width and height in pixels, width and height above 0."
-        raise StudyError(f"{where}: the box is {short(', '.join(cells))!r}. {rule}")
+        raise StudyError(f"{where}: the box is {short(','.join(cells))!r}. {rule}")
     return dict(label=label, box=[x, y, x + w, y + h])
 
 # %% ../../../nbs/1_data/sources/00_base.ipynb #d4d65e5c

@@ -51,9 +51,9 @@ def _read_masks(table) -> dict:
         masks[name] = _mask(dict(rows.EncodedPixels), table)
     return masks
 
-# %% ../../../nbs/1_data/sources/11_siim_acr.ipynb #b59b66e1
+# %% ../../../nbs/1_data/sources/11_siim_acr.ipynb #8bf31542
 def siim_acr(
-    folder: str | Path,  # contains train-rle.csv or stage_2_train.csv, and dicom-images-train/
+    folder: str | Path,  # contains train-rle.csv or stage_2_train.csv, and the trees of images
 ) -> pd.DataFrame:  # canonical columns; one row per image
     "Read the labelled images of the SIIM-ACR Pneumothorax Segmentation challenge"
     folder = Path(folder)
@@ -61,18 +61,18 @@ def siim_acr(
     table = read_table(later if later.is_file() else folder / "train-rle.csv")
     need_columns(table, ["ImageId", "EncodedPixels"])
     tree, masks = folder / "dicom-images-train", _read_masks(table)
-    files = {path.stem: path for path in sorted(tree.glob("**/*.dcm"))}
+    files = {path.stem: path for path in sorted(folder.glob("dicom-images-*/**/*.dcm"))}
     rows = []
     for name, mask in masks.items():
         image = files.get(name, tree / f"{name}.dcm")
         rows.append(study(name, image, mask=mask, labels=dict(pneumothorax=int(mask != ""))))
     studies = pd.DataFrame(rows, table.index[~table.ImageId.duplicated()])
-    unlabelled = [study(name, path) for name, path in files.items() if name not in masks]
+    unlabelled = [study(name, path) for name, path in files.items() if name not in masks and tree in path.parents]
     studies.attrs = table.attrs | dict(
         excluded=[(row, "labels", f"no row in {Path(table.attrs['file']).name}") for row in unlabelled],
         title="SIIM-ACR Pneumothorax",
-        licence="rules of the SIIM-ACR Pneumothorax Segmentation challenge, academic research and education",
+        licence="rules of the SIIM-ACR Pneumothorax Segmentation challenge on Kaggle",
         keys=dict(study_id="ImageId", patient_id="ImageId"),
-        image_path=f"{tree} / STUDY / SERIES / ImageId.dcm",
+        image_path=f"{folder} / dicom-images-train or -test / STUDY / SERIES / ImageId.dcm",
     )
     return studies
