@@ -88,10 +88,10 @@ def one_hot(
     "One label per group; none if the group is unknown"
     return {g: int(g == group) for g in groups} if group in groups else {}
 
-# %% ../../../nbs/1_data/sources/00_base.ipynb #83edfb9b
+# %% ../../../nbs/1_data/sources/00_base.ipynb #573cb79c
 def study(
     study_id: str,
-    image: Path,
+    image: str | Path,
     **known,  # of the canonical columns; without `patient_id` the image counts as a patient of its own
 ) -> dict:  # the canonical columns
     "One image in the canonical columns; what the collection does not say is empty"

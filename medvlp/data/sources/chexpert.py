@@ -12,18 +12,15 @@ import pandas as pd
 from .base import draw_val, study
 from ..studies import StudyError, check_unique, need_columns, parse_label, place, read_table, short
 
-# %% ../../../nbs/1_data/sources/09_chexpert.ipynb #b4433b3d
+# %% ../../../nbs/1_data/sources/09_chexpert.ipynb #000b2e39
 _LABELS = ["No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"]
 _LABELS += ["Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other"]
 _LABELS += ["Fracture", "Support Devices"]
 _COLUMNS = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *_LABELS]
 _PATH = re.compile(r"[^/]+/(?P<part>train|valid)/(?P<patient>patient\d+)/(?P<file>study\d+/view\d+_\w+\.jpg)")
+_NAMES = {label: label.lower().replace(" ", "_") for label in _LABELS}
 
-
-def _name(label):
-    return label.lower().replace(" ", "_")
-
-# %% ../../../nbs/1_data/sources/09_chexpert.ipynb #bd9a03d0
+# %% ../../../nbs/1_data/sources/09_chexpert.ipynb #c7198114
 def _row(row, where, patients, folder):
     "One row of train.csv or valid.csv in the canonical columns, then sex and age"
     path = _PATH.fullmatch(row["Path"])
@@ -33,11 +30,11 @@ def _row(row, where, patients, folder):
     part, patient, file = path["part"], path["patient"], path["file"]
     return study(
         f"{patient}/{file.removesuffix('.jpg')}",
-        patients.get(patient, folder / part / patient) / file,
+        f"{patients.get(patient) or f'{folder}/{part}/{patient}'}/{file}",
         patient_id=patient,
         view="LATERAL" if row["Frontal/Lateral"] == "Lateral" else row["AP/PA"].upper(),
         split=dict(train="train", valid="test")[part],
-        labels={_name(k): parse_label(row[k], f"{where}, {k}") for k in _LABELS if row[k]},
+        labels={name: parse_label(row[k], f"{where}, {k}") for k, name in _NAMES.items() if row[k]},
         sex=row["Sex"].lower(),
         age=row["Age"],
     )
@@ -56,7 +53,7 @@ def _patient_folders(folder):
     inside = ("*batch*/patient*", "*batch*/train/patient*", "*batch*/valid/patient*")
     return {path.name: path for pattern in inside for path in folder.glob(pattern)}
 
-# %% ../../../nbs/1_data/sources/09_chexpert.ipynb #f60dd438
+# %% ../../../nbs/1_data/sources/09_chexpert.ipynb #8da51fa6
 def chexpert(
     folder: str | Path,  # contains train.csv, valid.csv, train/ and valid/, or the four batches
 ) -> pd.DataFrame:  # canonical columns, then sex and age; one row per image
@@ -65,8 +62,8 @@ def chexpert(
     patients = _patient_folders(folder)
     for name in ("train.csv", "valid.csv"):
         table = _read_table(folder, name)
-        cells = zip(table.index, table[_COLUMNS].to_dict("records"))
-        rows += [_row(row, place(table, line), patients, folder) for line, row in cells]
+        for line, *cells in table[_COLUMNS].astype(object).itertuples():
+            rows.append(_row(dict(zip(_COLUMNS, cells)), place(table, line), patients, folder))
     studies = draw_val(pd.DataFrame(rows), 0.0224)
     studies.attrs = dict(
         file=str(folder),

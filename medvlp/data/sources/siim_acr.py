@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['decode_runs', 'siim_acr']
 
-# %% ../../../nbs/1_data/sources/11_siim_acr.ipynb #fadd06f8
+# %% ../../../nbs/1_data/sources/11_siim_acr.ipynb #f5baff2d
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..images import encode_mask
 from .base import study
-from ..studies import StudyError, need_columns, place, read_table, short
+from ..studies import StudyError, need_columns, place, read_table
 
 # %% ../../../nbs/1_data/sources/11_siim_acr.ipynb #dfd9dba1
 _SIDE = 1024  # pixels, of every image of the collection
@@ -28,28 +28,27 @@ def decode_runs(
     runs = np.append(runs, side * side - runs.sum())
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(side, side, order="F")
 
-# %% ../../../nbs/1_data/sources/11_siim_acr.ipynb #3a762862
-def _mask(texts: dict[int, str], table) -> str:
-    "The union of an image's outlines, by line, as run lengths; empty if there is none"
-    union = np.zeros((_SIDE, _SIDE), bool)
-    for line, text in texts.items():
+# %% ../../../nbs/1_data/sources/11_siim_acr.ipynb #582784ac
+def _mask(rows: list[tuple[int, str]], table) -> str:
+    "The union of an image's outlines, each with its line, as run lengths; empty if there is none"
+    if {text for _, text in rows} == {"-1"}:
+        return ""
+    union = np.zeros((_SIDE, _SIDE), bool, order="F")
+    for line, text in rows:
         try:
-            union |= decode_runs(text) if text != "-1" else False
+            union |= decode_runs(text)
         except ValueError as e:
-            remedy = "Download the table again, or give -1 if there is no pneumothorax."
+            remedy = "Download the table again, or give -1 alone if there is no pneumothorax."
             raise StudyError(f"{place(table, line)}: EncodedPixels are damaged: {e}. {remedy}") from None
     return encode_mask(union) if union.any() else ""
 
 
 def _read_masks(table) -> dict:
     "{image: mask, or an empty text}"
-    masks = {}
-    for name, rows in table.groupby("ImageId", sort=False):
-        if len(rows) > 1 and (rows.EncodedPixels == "-1").any():
-            problem = f"{place(table, rows.index[0])}: ImageId {short(name)!r} has -1 in one row and a mask in another"
-            raise StudyError(f"{problem}. Remove one of them.")
-        masks[name] = _mask(dict(rows.EncodedPixels), table)
-    return masks
+    rows = {}
+    for line, name, text in table[["ImageId", "EncodedPixels"]].itertuples():
+        rows.setdefault(name, []).append((line, text))
+    return {name: _mask(found, table) for name, found in rows.items()}
 
 # %% ../../../nbs/1_data/sources/11_siim_acr.ipynb #8bf31542
 def siim_acr(
