@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['rsna_pneumonia']
 
-# %% ../../../nbs/1_data/sources/10_rsna_pneumonia.ipynb #d497aed8
+# %% ../../../nbs/1_data/sources/10_rsna_pneumonia.ipynb #ad944c02
 from pathlib import Path
+import numpy as np
 import pandas as pd
+from ..images import encode_mask
 from .base import corner_box, study
 from ..studies import StudyError, need_columns, place, read_table, short
 
@@ -35,6 +37,18 @@ def _boxes(table):
         boxes.setdefault(row["patientId"], []).extend(_row_boxes(row, place(table, line)))
     return boxes
 
+# %% ../../../nbs/1_data/sources/10_rsna_pneumonia.ipynb #18e4f5ff
+_SIDE = 1024  # pixels, of every image of the collection
+
+
+def _box_mask(boxes):
+    "The boxes filled, as run lengths"
+    mask = np.zeros((_SIDE, _SIDE), bool, order="F")
+    for box in boxes:
+        x0, y0, x1, y1 = (max(0, round(v)) for v in box["box"])
+        mask[y0:y1, x0:x1] = True
+    return encode_mask(mask)
+
 # %% ../../../nbs/1_data/sources/10_rsna_pneumonia.ipynb #5f105f16
 def _classes(table):
     "{patientId: class}; `StudyError` if an image has two, or one that is not known"
@@ -47,7 +61,7 @@ def _classes(table):
             raise StudyError(f"{problem}, and {classes[patient]!r} above. Download the table again.")
     return classes
 
-# %% ../../../nbs/1_data/sources/10_rsna_pneumonia.ipynb #7c9bc70c
+# %% ../../../nbs/1_data/sources/10_rsna_pneumonia.ipynb #8586229b
 def rsna_pneumonia(
     folder: str | Path,  # contains the two tables of stage 2 and stage_2_train_images/
 ) -> pd.DataFrame:  # canonical columns, then detailed_class; one row per image
@@ -57,12 +71,13 @@ def rsna_pneumonia(
     need_columns(table, ["patientId", *_BOX, "Target"])
     details = read_table(folder / "stage_2_detailed_class_info.csv")
     need_columns(details, ["patientId", "class"])
-    classes, rows = _classes(details), []
+    classes, rows, nothing = _classes(details), [], _box_mask([])
     for name, boxes in _boxes(table).items():
         group = classes.get(name, "")
         labels = dict(pneumonia=int(bool(boxes))) | (dict(normal=int(group == "Normal")) if group else {})
         image = folder / "stage_2_train_images" / f"{name}.dcm"
-        rows.append(study(name, image, labels=labels, boxes=boxes, detailed_class=group))
+        mask = _box_mask(boxes) if boxes else nothing
+        rows.append(study(name, image, labels=labels, boxes=boxes, mask=mask, detailed_class=group))
     studies = pd.DataFrame(rows, table.index[~table.patientId.duplicated()])
     studies.attrs = table.attrs | dict(
         title="RSNA Pneumonia",

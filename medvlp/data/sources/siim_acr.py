@@ -13,8 +13,9 @@ from ..images import encode_mask
 from .base import study
 from ..studies import StudyError, need_columns, place, read_table
 
-# %% ../../../nbs/1_data/sources/11_siim_acr.ipynb #dfd9dba1
+# %% ../../../nbs/1_data/sources/11_siim_acr.ipynb #fb0bf835
 _SIDE = 1024  # pixels, of every image of the collection
+_NOTHING = encode_mask(np.zeros((_SIDE, _SIDE), bool))  # of an image without a pneumothorax
 
 
 def decode_runs(
@@ -28,11 +29,11 @@ def decode_runs(
     runs = np.append(runs, side * side - runs.sum())
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(side, side, order="F")
 
-# %% ../../../nbs/1_data/sources/11_siim_acr.ipynb #582784ac
+# %% ../../../nbs/1_data/sources/11_siim_acr.ipynb #fec7a1d3
 def _mask(rows: list[tuple[int, str]], table) -> str:
-    "The union of an image's outlines, each with its line, as run lengths; empty if there is none"
+    "The union of an image's outlines, each with its line, as run lengths"
     if {text for _, text in rows} == {"-1"}:
-        return ""
+        return _NOTHING
     union = np.zeros((_SIDE, _SIDE), bool, order="F")
     for line, text in rows:
         try:
@@ -40,17 +41,17 @@ def _mask(rows: list[tuple[int, str]], table) -> str:
         except ValueError as e:
             remedy = "Download the table again, or give -1 alone if there is no pneumothorax."
             raise StudyError(f"{place(table, line)}: EncodedPixels are damaged: {e}. {remedy}") from None
-    return encode_mask(union) if union.any() else ""
+    return encode_mask(union)
 
 
 def _read_masks(table) -> dict:
-    "{image: mask, or an empty text}"
+    "{image: mask}"
     rows = {}
     for line, name, text in table[["ImageId", "EncodedPixels"]].itertuples():
         rows.setdefault(name, []).append((line, text))
     return {name: _mask(found, table) for name, found in rows.items()}
 
-# %% ../../../nbs/1_data/sources/11_siim_acr.ipynb #8bf31542
+# %% ../../../nbs/1_data/sources/11_siim_acr.ipynb #2f2930fb
 def siim_acr(
     folder: str | Path,  # contains train-rle.csv or stage_2_train.csv, and the trees of images
 ) -> pd.DataFrame:  # canonical columns; one row per image
@@ -64,7 +65,7 @@ def siim_acr(
     rows = []
     for name, mask in masks.items():
         image = files.get(name, tree / f"{name}.dcm")
-        rows.append(study(name, image, mask=mask, labels=dict(pneumothorax=int(mask != ""))))
+        rows.append(study(name, image, mask=mask, labels=dict(pneumothorax=int(mask != _NOTHING))))
     studies = pd.DataFrame(rows, table.index[~table.ImageId.duplicated()])
     unlabelled = [study(name, path) for name, path in files.items() if name not in masks and tree in path.parents]
     studies.attrs = table.attrs | dict(
