@@ -298,14 +298,14 @@ def _prepare_study(
         row["labels"] = apply_policy(study["labels"], labels, policy)
     return row
 
-# %% ../../nbs/1_data/06_prepare.ipynb #7a314bc9
+# %% ../../nbs/1_data/06_prepare.ipynb #2136c0af
 def _check_loss(studies, quarantine, options, option):
     "An error if too much was set aside"
     lost = quarantine.frame().query("excluded_from == 'all'")
-    n = lost.study_id.nunique()
-    if n < len(studies) and n / len(studies) <= options.max_quarantine:
+    n, total = lost.study_id.nunique(), len(studies) + len(studies.attrs.get("excluded", []))
+    if n < total and n / total <= options.max_quarantine:
         return
-    problem = f"{options.folder}: {n} of {len(studies)} studies cannot be used"
+    problem = f"{options.folder}: {n} of {total} studies cannot be used"
     limit = f"more than {option}.max_quarantine = {options.max_quarantine}"
     absent = (lost.reason == "no such file").any() and "image_path" in studies.attrs
     path = f". The path of an image is {studies.attrs['image_path']}" if absent else ""
