@@ -36,7 +36,7 @@ def _labels(table, outcomes):
     cells = [{k: (row[c], m, f"{place(table, i)}, {c}") for k, (c, m) in outcomes.items()} for i, row in rows]
     return [dict(covid19=1) | {k: _outcome(*cell) for k, cell in row.items() if cell[0]} for row in cells]
 
-# %% ../../../nbs/1_data/sources/15_hannover_covid.ipynb #7fda8b85
+# %% ../../../nbs/1_data/sources/15_hannover_covid.ipynb #618647e2
 def _read(folder):
     "The table of either layout, its name, and the path and view of each image"
     name = "manifest.csv" if (folder / "manifest.csv").is_file() else "data.csv"
@@ -56,8 +56,8 @@ def hannover_covid(
     labels = _labels(table, _OUTCOMES[name])
     names = dict(study_id=table.image_id, patient_id=table.patient_id, image=images, view=views)
     texts = dict(findings="", impression="", split=table.get("split", ""))
-    empty = [[] for _ in images]
-    studies = pd.DataFrame(names | texts | dict(labels=labels, boxes=empty, mask="", questions=empty), table.index)
+    lists = dict(labels=labels, boxes=[[] for _ in images], mask="", questions=[[] for _ in images])
+    studies = pd.DataFrame(names | texts | lists, table.index)
     studies = studies.join(table.drop(columns=[c for c in table if c in studies]))
     studies.attrs = table.attrs | dict(
         title="COVID-19 image repository (Hannover)",
