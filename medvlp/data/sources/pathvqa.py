@@ -11,16 +11,16 @@ import pandas as pd
 from .base import question_place, question_study, read_questions
 from ..studies import StudyError, short
 
-# %% ../../../nbs/1_data/sources/16_pathvqa.ipynb #c618d1ba
+# %% ../../../nbs/1_data/sources/16_pathvqa.ipynb #7ca8eb7c
 _KEYS = ["image_name", "question", "answer", "answer_type", "question_type"]
 _LAYOUT = "PathVQA needs pathvqa_train.json, pathvqa_val.json, pathvqa_test.json and images/."
 _TYPES = {"yes/no": "closed", "number": "open", "other": "open"}
 
 
-def _refuse_pickles(folder: Path, file: Path) -> None:
+def _refuse_pickles(file: Path) -> None:
     "If there are pickles in place of a file, say that they are not read"
-    pickles = sorted(folder.rglob("*_vqa.pkl"))
-    if pickles and not file.is_file():
+    pickles = [] if file.is_file() else sorted(file.parent.rglob("*_vqa.pkl"))
+    if pickles:
         reason = f"{pickles[0]} is a pickle, which can run code as it is opened, and is not read."
         raise StudyError(f"{file}: no such file. {reason} Write its questions as JSON (nbs/1_data/sources/16_pathvqa).")
 
@@ -34,7 +34,7 @@ def _question(row, split, file, i):
     form = dict(question=row["question"], answer=row["answer"], answer_type=_TYPES[kind])
     return form | dict(question_type=row["question_type"], split=split, organ="")
 
-# %% ../../../nbs/1_data/sources/16_pathvqa.ipynb #7d91f2d6
+# %% ../../../nbs/1_data/sources/16_pathvqa.ipynb #99499051
 def pathvqa(
     folder: str | Path,  # contains pathvqa_train.json, pathvqa_val.json, pathvqa_test.json and images/
 ) -> pd.DataFrame:  # canonical columns; each question also has `split`
@@ -42,7 +42,7 @@ def pathvqa(
     folder, by_image = Path(folder), {}
     for split in ("train", "val", "test"):
         file = folder / f"pathvqa_{split}.json"
-        _refuse_pickles(folder, file)
+        _refuse_pickles(file)
         for i, row in enumerate(read_questions(file, _KEYS, _LAYOUT)):
             by_image.setdefault(row["image_name"], []).append(_question(row, split, file, i))
     images = folder / "images"
