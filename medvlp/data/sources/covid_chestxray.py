@@ -84,7 +84,7 @@ def _read_splits(path):
     check_unique(table, "filename", "Give each image one row.")
     return {row["filename"]: row for row in table.to_dict("records")}
 
-# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #b547cf57
+# %% ../../../nbs/1_data/sources/02_covid_chestxray.ipynb #0a466755
 def covid_chestxray(
     folder: str | Path,  # contains metadata.csv and images/
 ) -> pd.DataFrame:  # canonical columns, then the other columns of metadata.csv; radiographs only, no CT
@@ -99,6 +99,7 @@ def covid_chestxray(
     studies = pd.DataFrame(rows, table.index)
     studies.attrs = table.attrs | dict(
         title="COVID chest X-rays (Cohen et al.)",
+        licence="per image, see the column license; most are CC BY-NC-SA",
         keys=dict(study_id="filename", patient_id="patientid"),
         image_path=f"{folder} / folder (or images) / filename",
     )

@@ -82,7 +82,7 @@ def _read_rows(folder: Path) -> pd.DataFrame:
 def _study_path(folder, study, patient):
     return folder / "files" / f"p{patient[:2]}" / f"p{patient}" / f"s{study}"
 
-# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #febe0e62
+# %% ../../../nbs/1_data/sources/04_mimic_cxr.ipynb #d9499fac
 def mimic_cxr(
     folder: str | Path,  # contains the three tables and files/
 ) -> pd.DataFrame:  # canonical columns, then those of the split and metadata tables; one row per image
@@ -115,6 +115,7 @@ def mimic_cxr(
     studies.attrs = rows.attrs | dict(
         excluded=[(row, "view", reason) for row in absent[["study_id", "image"]].to_dict("records")],
         title="MIMIC-CXR",
+        licence="PhysioNet Credentialed Health Data License 1.5.0",
         label_policy=dict(blank="absent"),
         keys=dict(study_id="dicom_id", patient_id="subject_id"),
         image_path=f"{folder} / files / pNN / pSUBJECT / sSTUDY / DICOM.jpg",

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['slake']
 
-# %% ../../../nbs/1_data/sources/05_slake.ipynb #6074fcd1
+# %% ../../../nbs/1_data/sources/05_slake.ipynb #5d56922b
 from pathlib import Path
 import pandas as pd
-from .base import one_hot, read_json, read_questions
+from .base import one_hot, question_study, read_json, read_questions
 from ..studies import StudyError
 
 # %% ../../../nbs/1_data/sources/05_slake.ipynb #5d76a99c
@@ -49,31 +49,15 @@ def _boxes(path: Path) -> list[dict]:
         rule = 'Give [{"Liver": [x, y, width, height]}] in pixels of the image.'
         raise StudyError(f"{path}: holds no list of boxes. {rule}") from None
 
-# %% ../../../nbs/1_data/sources/05_slake.ipynb #bb6601fa
+# %% ../../../nbs/1_data/sources/05_slake.ipynb #622259f6
 def _study(folder, name, questions):
     "One image with its questions in the canonical columns"
-    splits = list(dict.fromkeys(q["split"] for q in questions))
-    if len(splits) > 1:
-        remedy = "Copy the three files again: the images of SLAKE are divided."
-        raise StudyError(f"{folder}: img_name {name} has questions in {' and '.join(splits)}. {remedy}")
-    organ = questions[0]["organ"]
-    return dict(
-        study_id=name,
-        patient_id=name,
-        image=str(folder / "imgs" / name / "source.jpg"),
-        view="",
-        findings="",
-        impression="",
-        split=splits[0],
-        labels=one_hot(organ, _ORGANS),
-        boxes=_boxes(folder / "imgs" / name / "detection.json"),
-        mask="",
-        questions=questions,
-        image_organ=organ,
-        modality=questions[0]["modality"],
-    )
+    image, organ = folder / "imgs" / name / "source.jpg", questions[0]["organ"]
+    boxes = _boxes(image.with_name("detection.json"))
+    study = question_study(name, image, questions, labels=one_hot(organ, _ORGANS), boxes=boxes)
+    return study | dict(image_organ=organ, modality=questions[0]["modality"])
 
-# %% ../../../nbs/1_data/sources/05_slake.ipynb #3ae90a84
+# %% ../../../nbs/1_data/sources/05_slake.ipynb #6000c97b
 def slake(
     folder: str | Path,  # contains train.json, validate.json, test.json and imgs/
 ) -> pd.DataFrame:  # canonical columns, then image_organ and modality; each question also has split, organ and modality
@@ -91,6 +75,7 @@ def slake(
     studies.attrs = dict(
         file=str(folder),
         title="SLAKE",
+        licence="CC BY 4.0",
         keys=dict(study_id="img_name", patient_id="img_name"),
         image_path=f"{folder} / imgs / img_name",
         notes=[f"questions in other languages, left out: {foreign}"] if foreign else [],

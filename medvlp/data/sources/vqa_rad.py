@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['vqa_rad']
 
-# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #58330673
+# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #e933c7b6
 from pathlib import Path
 import pandas as pd
-from .base import one_hot, read_questions
+from .base import one_hot, question_study, read_questions
 
 # %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #6af30a76
 _KEYS = ["image_name", "question", "answer", "answer_type", "question_type"]
@@ -26,26 +26,15 @@ def _question(row, split):
         organ=str(row.get("image_organ") or "").strip().lower(),
     )
 
-# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #003a1243
+# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #9ebde282
 def _study(folder, image, questions):
     "One image with its questions in the canonical columns"
     organ = questions[0]["organ"]
-    return dict(
-        study_id=image,
-        patient_id=image,
-        image=str(folder / "images" / image),
-        view="",
-        findings="",
-        impression="",
-        split="test" if all(q["split"] == "test" for q in questions) else "train",
-        labels=one_hot(organ, ["head", "chest", "abd"]),
-        boxes=[],
-        mask="",
-        questions=questions,
-        image_organ=organ,
-    )
+    split = "test" if all(q["split"] == "test" for q in questions) else "train"
+    labels = one_hot(organ, ["head", "chest", "abd"])
+    return question_study(image, folder / "images" / image, questions, split, labels) | dict(image_organ=organ)
 
-# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #09377925
+# %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #f134eb3f
 def vqa_rad(
     folder: str | Path,  # contains trainset.json, testset.json and images/
 ) -> pd.DataFrame:  # canonical columns, then image_organ; each question also has `split`
@@ -59,6 +48,7 @@ def vqa_rad(
     studies.attrs = dict(
         file=str(folder),
         title="VQA-RAD",
+        licence="CC0 1.0",
         keys=dict(study_id="image_name", patient_id="image_name"),
         image_path=f"{folder} / images / image_name",
     )
