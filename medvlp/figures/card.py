@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LINE', 'COLUMN', 'LABELS', 'WIDTH', 'MARGIN', 'ACROSS', 'data_card']
 
-# %% ../../nbs/figures/11_card.ipynb #8c1ddb3b
+# %% ../../nbs/figures/11_card.ipynb #86606b41
 from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -15,7 +15,7 @@ from ..data.prepare import LOSSES, leak_text, load_studies, policy_text, read_ma
 from ..data.reports import count_words
 from ..data.studies import SPLITS
 from .samples import box_styles, different_patients, draw_boxes
-from .style import PALETTE, figure_style, shorten, wrap_text
+from .style import PALETTE, figure_style, shorten, text_width, wrap_text
 
 # %% ../../nbs/figures/11_card.ipynb #ca4ee81d
 def _pick(
@@ -31,14 +31,14 @@ def _pick(
     order = table.split.map(SPLITS.index)
     return table.index[np.lexsort((table["view"], order))].tolist()
 
-# %% ../../nbs/figures/11_card.ipynb #19518a23
+# %% ../../nbs/figures/11_card.ipynb #9658d1f0
 def _draw_picture(ax, study, styles):
     "A picture with its boxes, and its mask in a light colour"
     image = np.asarray(study["image"])
     ax.imshow(image, cmap="gray", **(dict(vmin=0, vmax=255) if image.dtype == np.uint8 else {}))
     if study["mask"]:
         mask = np.asarray(study["mask"].convert("L")) > 0
-        ax.imshow(np.ma.masked_equal(mask, 0), cmap="autumn", alpha=0.35, vmin=0, vmax=1)
+        ax.imshow(np.ma.masked_equal(mask, 0), cmap="autumn", alpha=0.25, vmin=0, vmax=1)
     boxes = [o | dict(box=np.clip(o["box"], 0, 1).tolist()) for o in study["boxes"]]
     draw_boxes(ax, boxes, styles)
     ax.set_title(" · ".join(filter(None, [study["split"], shorten(study["view"], 20)])), fontsize=7.5, pad=3)
@@ -111,7 +111,7 @@ def _views(manifest):
     rows = {name or "unknown": {s: v.get(name, 0) for s, v in manifest["views"].items()} for name in names}
     return _by_split("Views" + " (the commonest)" * (len(total) > 8), rows) if any(total) else None
 
-# %% ../../nbs/figures/11_card.ipynb #c9250f3c
+# %% ../../nbs/figures/11_card.ipynb #d82976f2
 LABELS = 24  # shown at most
 _COLOURS = {"1": PALETTE[0], "-1": PALETTE[1], "0": ".85"}
 
@@ -129,7 +129,7 @@ def _labels(manifest):
 
     def draw(ax):
         for x, value, name in zip(places, _COLOURS, ("present", "uncertain", "absent")):
-            _words(ax, x - 0.122, 0, "■", right=True, color=_COLOURS[value])
+            _words(ax, x - 0.0125 * text_width(name) - 0.01, 0, "■", right=True, color=_COLOURS[value])
             _words(ax, x, 0, name, right=True, color=".4")
         for line, name in enumerate(shown, 1):
             _words(ax, 0, line, name, 24)
@@ -241,7 +241,7 @@ def _place(panels):
         filled[column] += panel.height + 0.5
     return places, max(filled)
 
-# %% ../../nbs/figures/11_card.ipynb #c50f8583
+# %% ../../nbs/figures/11_card.ipynb #02fb3e65
 def _add_axes(fig, left, top, width, height):
     "Axes from 0 to 1 without frame, placed in inches from the upper left corner"
     w, h = fig.get_size_inches()
@@ -257,6 +257,7 @@ def _draw_pictures(fig, studies, styles, top):
         row, column = divmod(i, ACROSS)
         ax = _add_axes(fig, MARGIN + _CELL * column, top + 0.2 + (_CELL + 0.15) * row, _CELL - 0.1, _CELL - 0.1)
         ax.autoscale()
+        ax.set_anchor("N")
         _draw_picture(ax, study, styles)
 
 
@@ -275,7 +276,7 @@ def _handles(studies, styles):
     if len(styles) > len(named):
         handles.append(Rectangle((0, 0), 1, 1, fill=False, linewidth=0, label=f"… {len(styles) - len(named)} more"))
     if any(study["mask"] for study in studies):
-        handles.append(Rectangle((0, 0), 1, 1, color=plt.get_cmap("autumn")(255), alpha=0.35, label="mask"))
+        handles.append(Rectangle((0, 0), 1, 1, color=plt.get_cmap("autumn")(255), alpha=0.25, label="mask"))
     return handles
 
 # %% ../../nbs/figures/11_card.ipynb #f6d8f53d
