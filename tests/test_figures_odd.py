@@ -82,7 +82,7 @@ def figures_of(name, runs, folder):
     datasets.Dataset.from_list(rows, features=study_features(labels)).save_to_disk(folder)
     title = f"a set of {name}" if "long" not in name else NAME * 4
     (folder / "manifest.json").write_text(
-        json.dumps(dict(title=title, label_policy=dict(blank="unknown", uncertain="dropped")))
+        json.dumps(dict(title=title, labels={}, label_policy=dict(blank="unknown", uncertain="dropped")))
     )
     found = {}
     for figure, fig in all_figures(runs, folder, OPTIONS):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'all_figures', 'draw_all']
 
-# %% ../../nbs/figures/10_sheets.ipynb #0dae236a
+# %% ../../nbs/figures/10_sheets.ipynb #5dbfa120
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from tqdm import tqdm
 from ..data.batches import resolve_device, resolve_workers
 from ..data.labeller import match_labels, read_labeller
-from ..data.prepare import has_report, load_studies, read_manifest
+from ..data.prepare import has_report, load_studies, policy_text, read_manifest
 from ..data.reports import report_text
 from ..data.tokens import load_tokenizer
 from .curves import plot_curves, read_curves
@@ -29,9 +29,9 @@ from .tsne import studies_to_map, study_class, tsne
 from ..methods.base import load_method
 from ..project.config import ComputeOptions
 from ..tasks.embed import image_embeddings, text_embeddings
-from ..tasks.probe import label_frame, policy_text
+from ..tasks.probe import label_frame
 
-# %% ../../nbs/figures/10_sheets.ipynb #a3d007f3
+# %% ../../nbs/figures/10_sheets.ipynb #8e79f309
 class Run(NamedTuple):
     "A trained method and where it lies"
 
@@ -60,7 +60,7 @@ def _read_data(prepared, labels):
     if not len(studies):
         studies, split = load_studies(prepared), ""
     known = label_frame(studies, labels)
-    policy = policy_text(manifest["label_policy"]) if len(known.columns) else ""
+    policy = policy_text(manifest) if len(known.columns) else ""
     return _Data(manifest["title"], policy, split, studies, known)
 
 

@@ -452,7 +452,7 @@ def _stage(resolved, kind, run="", options=None, modules=(), outputs=None, **fie
         **fields,
     )
 
-# %% ../../nbs/0_project/04_plan.ipynb #232a3bde
+# %% ../../nbs/0_project/04_plan.ipynb #990e03c8
 def _prepare_stages(resolved):
     for data, options in resolved.sets.items():
         outputs = dict(prepared=f"prepared/{data}", checkpoints="checkpoints")
@@ -462,7 +462,8 @@ def _prepare_stages(resolved):
     every = {data: f"prepared/{data}" for data in resolved.sets}
     methods = {name: options.model_dump() for name, options in resolved.methods.items()}
     inputs = dict(prepared=every, pretrain=resolved.experiment.pretrain["data"], methods=methods)
-    yield _stage(resolved, "corpus", outputs=dict(corpus="corpus.json"), inputs=inputs)
+    outputs = dict(corpus="corpus.json", leaks="leaks.json", cards=f"reports/{resolved.experiment.experiment}/cards")
+    yield _stage(resolved, "corpus", outputs=outputs, inputs=inputs)
 
 
 def _pretrain_stages(resolved):
@@ -501,7 +502,7 @@ def _report_options(options):
     "How a method's reports were read while it was trained"
     return dict(sections=options.sections, max_tokens=options.max_tokens)
 
-# %% ../../nbs/0_project/04_plan.ipynb #a39609c8
+# %% ../../nbs/0_project/04_plan.ipynb #906a64f7
 def _summary_stages(resolved):
     "Figures and the scoreboard, once per experiment"
     name, data = resolved.experiment.experiment, resolved.experiment.figures["data"]
@@ -515,7 +516,9 @@ def _summary_stages(resolved):
     outputs = dict(figures=f"reports/{name}/figures")
     yield _stage(resolved, "figures", "", resolved.figures, modules, outputs, data=data, inputs=inputs)
     prepared = {name: f"prepared/{name}" for name in resolved.sets}
-    inputs = dict(results="scores", prepared=prepared, trained_on=resolved.experiment.pretrain["data"])
+    inputs = dict(
+        results="scores", prepared=prepared, leaks="leaks.json", trained_on=resolved.experiment.pretrain["data"]
+    )
     inputs |= dict(methods=resolved.runs.rows, seeds=resolved.runs.seeds)
     outputs = dict(scoreboard=f"results/{name}.md")
     yield _stage(resolved, "scoreboard", "", resolved.scoreboard, (), outputs, inputs=inputs)

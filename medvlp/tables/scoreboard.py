@@ -7,7 +7,7 @@ __all__ = ['TaskMetric', 'METRICS', 'COLUMN', 'GROUPS', 'ScoreboardOptions', 'me
            'mark_best', 'select', 'wide_table', 'caption', 'plot_scoreboard', 'Scoreboard', 'scoreboard', 'to_markdown',
            'save_scoreboard']
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #f257ae0a
+# %% ../../nbs/tables/00_scoreboard.ipynb #54bc748b
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,7 +19,6 @@ from ..project.config import Fraction, Options, did_you_mean
 from ..tasks.equal import EQUAL
 from ..tasks.metrics.intervals import Estimate, has_few
 from ..tasks.metrics.scores import SCORES, load_scores, save_metrics
-from ..tasks.probe import policy_text
 
 # %% ../../nbs/tables/00_scoreboard.ipynb #422ae7a7
 TaskMetric = Annotated[list[str], Field(min_length=2, max_length=2)]
@@ -219,7 +218,7 @@ def _split_columns(
         parts[-1] += columns.index.tolist()
     return [table.iloc[:, part] for part in parts]
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #88e8716d
+# %% ../../nbs/tables/00_scoreboard.ipynb #eadbadca
 def _range(values):
     return "–".join(f"{v:.0f}" for v in sorted({min(values), max(values)}))
 
@@ -246,23 +245,26 @@ def _equal_sets(summary):
 
 def _policies(labels, sets):
     "What blank and uncertain labels count as; once if it is the same for all sets"
-    texts = pd.Series({data: policy_text(labels[data]) for data in sets if data in labels}, dtype=object)
+    texts = pd.Series({data: labels[data] for data in sets if labels.get(data)}, dtype=object)
     if texts.nunique() < 2:
         return "".join(texts.unique())
     return "; ".join(f"in {', '.join(group.index)}, {text}" for text, group in texts.groupby(texts, sort=False))
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #bec081c7
+# %% ../../nbs/tables/00_scoreboard.ipynb #ea670dfa
 def caption(
     summary: pd.DataFrame,  # of `select` and `mark_best`
     titles: dict[str, str],  # of the data sets
     options: ScoreboardOptions,
     trained_on: Iterable[str] = (),  # names of the sets of pre-training
-    labels: dict[str, dict] = {},  # label policies of the data sets
+    labels: dict[str, str] = {},  # label policies of the data sets in words
+    leaks: Iterable[str] = (),  # what is in two splits, in words
 ) -> str:
     "On which data, with how many studies and seeds, and how to read a cell"
     shown = [d for d in titles if d in set(summary.data)]
     sets = [f"**{d}: {titles[d]}**{_test_studies(summary, d)}" for d in shown]
     text = [f"Data: {'; '.join(sets)}.", f"Training seeds: {_seed_counts(summary)}."]
+    if leaks:
+        text.append(f"Leaks: {'; '.join(leaks)}.")
     if policies := _policies(labels, shown):
         text.insert(1, f"Labels: {policies}.")
     if equal := _equal_sets(summary):
@@ -351,7 +353,7 @@ def _legend(colours, summary):
         handles.append(plt.Line2D([], [], label="† fewer than ten studies", linestyle="none"))
     return [*handles, plt.Line2D([], [], label="chance", color=".5", linestyle="--", linewidth=1)]
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #dc4b6e61
+# %% ../../nbs/tables/00_scoreboard.ipynb #9285f906
 class Scoreboard(NamedTuple):
     "What `scoreboard` makes of an experiment's results"
 
@@ -369,7 +371,8 @@ def scoreboard(
     seeds: list[int],
     options: ScoreboardOptions = ScoreboardOptions(),
     trained_on: Iterable[str] = (),  # names of the sets of pre-training
-    labels: dict[str, dict] = {},  # label policies of the data sets
+    labels: dict[str, str] = {},  # label policies of the data sets in words
+    leaks: Iterable[str] = (),  # what is in two splits, in words
 ) -> Scoreboard:
     "The scoreboard of an experiment; what else lies among the results is left out"
     scores = _read(Path(results, experiment), titles, methods, seeds)
@@ -377,7 +380,10 @@ def scoreboard(
     shown = select(summary, options.metrics, titles)
     rows = _method_order(shown, methods, options.baseline)
     if len(shown):
-        text, figure = to_markdown(shown, titles, rows, options, trained_on, labels), plot_scoreboard(shown, rows)
+        text, figure = (
+            to_markdown(shown, titles, rows, options, trained_on, labels, leaks),
+            plot_scoreboard(shown, rows),
+        )
     else:
         where = f"the column note of its files under {Path(results, experiment)} says why"
         text = f"The experiment {experiment} has no scores to show; if it has been run, {where}."
@@ -385,7 +391,7 @@ def scoreboard(
     notes = _notes(scores, methods, seeds, options.metrics) if len(scores) else []
     return Scoreboard("\n\n".join([text, *notes]) + "\n", summary, figure, scores)
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #562bc726
+# %% ../../nbs/tables/00_scoreboard.ipynb #b6ce04d6
 def _read(folder, titles, methods, seeds):
     "The scores of an experiment's current runs"
     try:
@@ -401,7 +407,8 @@ def to_markdown(
     methods: list[str],  # rows, in their order
     options: ScoreboardOptions = ScoreboardOptions(),
     trained_on: Iterable[str] = (),  # names of the sets of pre-training
-    labels: dict[str, dict] = {},  # label policies of the data sets
+    labels: dict[str, str] = {},  # label policies of the data sets in words
+    leaks: Iterable[str] = (),  # what is in two splits, in words
 ) -> str:
     "Tables of at most ten columns under a heading for each group of tasks, and a caption"
     parts = []
@@ -411,7 +418,7 @@ def to_markdown(
             rows = [m for m in methods if m in set(group.method)]
             tables = _split_columns(wide_table(group, rows, options))
             parts += [f"## {heading}", *(t.to_markdown(disable_numparse=True) for t in tables)]
-    return "\n\n".join([*parts, caption(summary, titles, options, trained_on, labels)])
+    return "\n\n".join([*parts, caption(summary, titles, options, trained_on, labels, leaks)])
 
 # %% ../../nbs/tables/00_scoreboard.ipynb #356913e3
 def _notes(scores, methods, seeds, metrics):
