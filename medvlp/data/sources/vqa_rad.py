@@ -32,7 +32,7 @@ def _study(folder, image, questions):
     organ = questions[0]["organ"]
     split = "test" if all(q["split"] == "test" for q in questions) else "train"
     labels = one_hot(organ, ["head", "chest", "abd"])
-    return question_study(image, folder / "images" / image, questions, split, labels) | dict(image_organ=organ)
+    return question_study(image, folder / "images" / image, questions, split, labels=labels) | dict(image_organ=organ)
 
 # %% ../../../nbs/1_data/sources/03_vqa_rad.ipynb #f134eb3f
 def vqa_rad(
