@@ -59,7 +59,7 @@ def write_collection(
     labels = splits[["subject_id", "study_id"]].assign(Edema=[i % 2 for i in range(studies)])
     labels.to_csv(folder / "mimic-cxr-2.0.0-chexpert.csv.gz", index=False)
 
-# %% ../../nbs/benchmarks/04_preparation.ipynb #a2b413a4
+# %% ../../nbs/benchmarks/04_preparation.ipynb #2e15dc49
 def _decode(paths, size, reduced):
     for path in paths:
         with Image.open(path) as f:
@@ -78,7 +78,7 @@ def decode_rate(
     "How fast pictures are decoded and scaled down if nothing else is done"
     parts = [paths[i : i + 64] for i in range(0, len(paths), 64)]
     start = time.perf_counter()
-    Parallel(n_jobs=workers)(delayed(_decode)(part, size, reduced) for part in parts)
+    Parallel(workers, backend="loky", idle_worker_timeout=1)(delayed(_decode)(part, size, reduced) for part in parts)
     return len(paths) / (time.perf_counter() - start)
 
 # %% ../../nbs/benchmarks/04_preparation.ipynb #8bd3488b

@@ -36,7 +36,7 @@ def _write_shard(
     part.replace(path)
     return len(items)
 
-# %% ../../nbs/1_data/05_shards.ipynb #ac8a8bd6
+# %% ../../nbs/1_data/05_shards.ipynb #44620a39
 def write_shards(
     function: Callable,  # item -> (row or None, notes)
     items: list,  # of what JSON can hold
@@ -55,7 +55,8 @@ def write_shards(
     paths = [folder / f"data-{i:05d}-of-{len(groups):05d}.arrow" for i in range(len(groups))]
     keys = [_key(key, features, group) for group in groups]
     missing = [job for job in zip(groups, paths, keys) if not _is_whole(*job[1:])]
-    run = Parallel(n_jobs=max(1, min(workers, len(missing))), return_as="generator_unordered")
+    processes = max(1, min(workers, len(missing)))
+    run = Parallel(processes, backend="loky", return_as="generator_unordered", idle_worker_timeout=1)
     tasks = (delayed(_write_shard)(function, group, features, path, k) for group, path, k in missing)
     done = len(items) - sum(len(group) for group, *_ in missing)
     with tqdm(total=len(items), initial=done, desc=title, unit="row") as bar:
