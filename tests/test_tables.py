@@ -11,7 +11,7 @@ import pytest
 import small
 
 from medvlp.data import prepare as data_prepare
-from medvlp.data.prepare import DataOptions, find_leaks, load_studies, prepare_studies, read_manifest
+from medvlp.data.prepare import DataOptions, find_leaks, image_grids, load_studies, prepare_studies, read_manifest
 from medvlp.data.sources.base import read_source
 from medvlp.data.sources.imagefolder import imagefolder
 from medvlp.data.sources.mimic_cxr import mimic_cxr
@@ -374,9 +374,10 @@ def test_one_split_and_images_without_reports(tmp_path):
     pictures = {"a.png": texture(0), "b.png": texture(0)}
     folder = write_pictures(tmp_path / "data", pictures, ["train", "test"], ["", ""], label_bright=["1", "0"])
     ds, _ = prepare_studies(imagefolder(folder), DataOptions(folder=str(folder), image_size=40))
-    assert find_leaks(ds) == dict(pictures={"test in train": dict(shared=1, of=1)}, texts={})
-    assert find_leaks(ds.select([0])) == dict(pictures={}, texts={})
-    assert find_leaks(ds.select([])) == dict(pictures={}, texts={})
+    same = dict(pictures={"test in train": dict(shared=1, of=1)}, texts={})
+    for rows, leaks in (([0, 1], same), ([0], dict(pictures={}, texts={})), ([], dict(pictures={}, texts={}))):
+        some = ds.select(rows)
+        assert find_leaks(some, image_grids(some["image"])) == leaks
 
 
 def test_an_image_with_questions_in_two_splits_is_in_both(tmp_path):
