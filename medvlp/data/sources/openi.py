@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['read_reports', 'openi']
 
-# %% ../../../nbs/1_data/sources/06_openi.ipynb #783170b9
+# %% ../../../nbs/1_data/sources/06_openi.ipynb #cee0d357
 import re, tarfile, zlib
 import xml.etree.ElementTree as ET
 from pathlib import Path
 import pandas as pd
-from .base import read_json
+from .base import read_json, study
 from ..studies import SPLITS, StudyError, check_unique, json_text, need_columns, read_table, short
 
 # %% ../../../nbs/1_data/sources/06_openi.ipynb #b1d115a1
@@ -77,24 +77,7 @@ def _labels(codes: list[str]) -> dict:
     names = {re.sub(r"[^a-z0-9]+", "_", code.split("/")[0].lower()).strip("_") for code in codes}
     return dict.fromkeys(sorted(names - {"", "no_indexing"}), 1)
 
-# %% ../../../nbs/1_data/sources/06_openi.ipynb #b975f3c8
-def _row(report_id, name, image, split="", view="", findings="", impression="", labels={}):
-    "An image with its report in the canonical columns"
-    return dict(
-        study_id=name,
-        patient_id=report_id,
-        image=str(image),
-        view=view,
-        findings=findings,
-        impression=impression,
-        split=split,
-        labels=labels,
-        boxes=[],
-        mask="",
-        questions=[],
-    )
-
-
+# %% ../../../nbs/1_data/sources/06_openi.ipynb #2675967b
 def _views(folder: Path) -> dict:
     "{image as Kaggle calls it: view} where there is a table of them"
     path = folder / "indiana_projections.csv"
@@ -114,7 +97,7 @@ def _official(folder: Path, reports: pd.DataFrame) -> pd.DataFrame:
             image = pictures.get(name, folder / "NLMCXR_png" / f"{name}.png")
             view = views.get(f"{r.report_id.removeprefix('CXR')}_{name[name.find('IM-') :]}", "")
             texts = dict(findings=r.findings, impression=r.impression)
-            rows.append(_row(r.report_id, name, image, view=view, labels=_labels(r.codes), **texts))
+            rows.append(study(name, image, patient_id=r.report_id, view=view, labels=_labels(r.codes), **texts))
     studies = pd.DataFrame(rows)
     bare = reports.report_id[reports.images.str.len() == 0]
     studies.attrs = dict(
@@ -126,7 +109,7 @@ def _official(folder: Path, reports: pd.DataFrame) -> pd.DataFrame:
     )
     return studies
 
-# %% ../../../nbs/1_data/sources/06_openi.ipynb #3e8196af
+# %% ../../../nbs/1_data/sources/06_openi.ipynb #2b8fdc63
 def _entry(folder, split, where, entry):
     "The images of an examination in annotation.json, a row each"
     if missing := [k for k in ("id", "report", "image_path") if not isinstance(entry, dict) or k not in entry]:
@@ -141,7 +124,8 @@ def _entry(folder, split, where, entry):
     paths = entry["image_path"]
     if not isinstance(paths, list) or not paths or not all(isinstance(p, str) and p for p in paths):
         raise StudyError(f'{where}: image_path is no list of paths. Give one such as ["{name}/0.png"].')
-    return [_row(name.split("_")[0], p, folder / "images" / p, split, findings=report) for p in paths]
+    known = dict(patient_id=name.split("_")[0], split=split, findings=report)
+    return [study(p, folder / "images" / p, **known) for p in paths]
 
 
 def _r2gen(folder: Path) -> pd.DataFrame:

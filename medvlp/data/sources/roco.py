@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['roco']
 
-# %% ../../../nbs/1_data/sources/08_roco.ipynb #749e96b9
+# %% ../../../nbs/1_data/sources/08_roco.ipynb #02825585
 import re
 from pathlib import Path
 import pandas as pd
+from .base import study
 from ..studies import StudyError, check_unique, need_columns, read_table, short
 
 # %% ../../../nbs/1_data/sources/08_roco.ipynb #4243a895
@@ -56,7 +57,7 @@ def _licences(path: Path) -> dict:
     need_columns(table, ["ROCO_ID", "CC"])
     return dict(zip(table.ROCO_ID, table.CC))
 
-# %% ../../../nbs/1_data/sources/08_roco.ipynb #b0b93074
+# %% ../../../nbs/1_data/sources/08_roco.ipynb #85f7902d
 def _figures(folder: Path, split: str) -> list[dict]:
     "The figures of one folder, such as train/radiology, in the canonical columns"
     captions, links = _read_lines(folder / "captions.txt"), _read_optional(folder / "dlinks.txt")
@@ -65,24 +66,9 @@ def _figures(folder: Path, split: str) -> list[dict]:
     present, rows = {p.name for p in (folder / "images").glob("*")}, []
     for name, caption in captions.items():
         article, image = origins.get(name, ("", f"{name}.jpg"))
-        row = dict(
-            study_id=name,
-            patient_id=name,
-            image=str(folder / "images" / (f"{name}.jpg" if f"{name}.jpg" in present else image)),
-            view="",
-            findings=caption,
-            impression="",
-            split=split,
-            labels={},
-            boxes=[],
-            mask="",
-            questions=[],
-            kind=folder.name,
-            article=article,
-            licence=licences.get(name, ""),
-            keywords=", ".join(keywords.get(name, "").split("\t")),
-        )
-        rows.append(row)
+        image = folder / "images" / (f"{name}.jpg" if f"{name}.jpg" in present else image)
+        known = dict(findings=caption, split=split, kind=folder.name, article=article, licence=licences.get(name, ""))
+        rows.append(study(name, image, **known, keywords=", ".join(keywords.get(name, "").split("\t"))))
     return rows
 
 
