@@ -140,7 +140,7 @@ def test_every_experiment_on_a_public_set_is_here():
     assert {name for name in names if public(name)} == set(OWN_SIZES)
 
 
-SLOW = ["aga", "mpma", "mimic-cxr", "amf-lambda", "amf-teachers", "covid-chestxray"]  # the others cover most of their stages
+SLOW = ["aga", "mpma", "mimic-cxr", "amf-lambda", "amf-teachers", "covid-chestxray"]  # the others share most stages
 
 
 @pytest.mark.parametrize(
