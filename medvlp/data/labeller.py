@@ -57,7 +57,7 @@ def _forms(
         forms += [term, american, _plural(term), _plural(american)]
     return list(dict.fromkeys(forms))
 
-# %% ../../nbs/1_data/04_labeller.ipynb #5d84a433
+# %% ../../nbs/1_data/04_labeller.ipynb #64c7287c
 def _plain(text: str) -> str:
     "The text in lower case, of the same length, without hyphens, tabs and line breaks"
     lower = text.lower()
@@ -76,7 +76,7 @@ def _gap(term: str) -> str:
     before, after = (re.escape(part.strip()) for part in term.split("..."))
     return rf"\b{before}\b(?:[^\w.,;:]+\w+){{0,6}}?[^\w.,;:]+({after})\b"
 
-
+# %% ../../nbs/1_data/04_labeller.ipynb #60eadb27
 def _term_matcher(nlp, terms, rules):
     "A function from a spaCy document to the spans of its terms; their labels are findings joined by |, or nothing"
     from spacy.matcher import PhraseMatcher

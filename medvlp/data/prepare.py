@@ -256,7 +256,7 @@ def _prepare_report(study, reports, quarantine):
         sections = dict.fromkeys(sections, "")
     return sections | dict(paired=not reason)
 
-# %% ../../nbs/1_data/06_prepare.ipynb #b8d59bf8
+# %% ../../nbs/1_data/06_prepare.ipynb #a804f38d
 def _prepare_mask(study, picture, options, quarantine):
     "The mask as PNG, or None; an unusable mask costs the study its segmentation only"
     if not study["mask"]:
@@ -267,7 +267,7 @@ def _prepare_mask(study, picture, options, quarantine):
         quarantine.add(study, "mask", str(e), "segmentation")
         return None
 
-
+# %% ../../nbs/1_data/06_prepare.ipynb #30f11e88
 def _box_problem(box, size):
     "What is wrong with a box beside a picture of this width and height; empty if nothing"
     x0, y0, x1, y1 = box
@@ -640,7 +640,7 @@ def nearly_identical(
         found[i] = (np.abs(near.astype(np.int16) - some[i]).mean((1, 2)) < 2).any()
     return found
 
-# %% ../../nbs/1_data/06_prepare.ipynb #448c5ebb
+# %% ../../nbs/1_data/06_prepare.ipynb #53240910
 def _members(ds):
     "{split: [n] row numbers}: the studies of a split, and those with questions in it"
     asked = [{split, *(q["split"] or split for q in qs)} for split, qs in zip(ds["split"][:], ds["questions"][:])]
@@ -655,7 +655,7 @@ def _reports(ds):
             reports[study["split"]].append(" ".join(report_text(study).lower().split()))
     return reports
 
-
+# %% ../../nbs/1_data/06_prepare.ipynb #4bfa6737
 def find_leaks(
     ds: Dataset,  # prepared
     grids: np.ndarray,  # [N,8,9] of `image_grids`
