@@ -85,7 +85,7 @@ def task_options(
     "A task's options: medvlp.tasks.finetune has FinetuneOptions"
     return options_class(f"medvlp.tasks.{task}:{task.title().replace('_', '')}Options")
 
-# %% ../../nbs/0_project/04_plan.ipynb #41e99ffe
+# %% ../../nbs/0_project/04_plan.ipynb #263536f4
 def _modules(package):
     "Names of a package's modules"
     found = importlib.import_module(package)
@@ -93,8 +93,14 @@ def _modules(package):
 
 
 def _tasks():
-    "Tasks that have a stage notebook"
-    return sorted(set(_modules("medvlp.tasks")) & {p.stem for p in Path("nbs/stages").glob("*.ipynb")})
+    "Tasks that have a stage notebook and are no part of another task"
+    found = set(_modules("medvlp.tasks")) & {p.stem for p in Path("nbs/stages").glob("*.ipynb")}
+    return sorted(found.difference(*(_parts(task_options(task)) for task in found)))
+
+
+def _parts(options):
+    "{stage: whether each method has its own} of the stages that prepare a task; their options are among the task's"
+    return getattr(options, "parts", {})
 
 # %% ../../nbs/0_project/04_plan.ipynb #5cfba703
 class _Problems(list):
@@ -479,23 +485,42 @@ def _pretrain_stages(resolved):
         fields = dict(method=method, seed=seed, inputs=inputs, outputs=outputs)
         yield _stage(resolved, kind, run, options, modules, **fields)
 
-# %% ../../nbs/0_project/04_plan.ipynb #61bbaf10
+# %% ../../nbs/0_project/04_plan.ipynb #03f56e63
 def _task_stages(resolved):
-    name, seeds = resolved.experiment.experiment, resolved.runs.seeds
     for kind, task in resolved.tasks.items():
-        for data, method, seed in product(task.data, task.methods, seeds):
-            run, options = f"{data}-{method}-{seed}", resolved.methods[method]
-            inputs = _report_options(options) | dict(
-                prepared=f"prepared/{data}",
-                model=f"models/{name}/{method}-{seed}",
-                labels=resolved.sets[data].labels,
-            )
-            outputs = dict(scores=f"scores/{name}/{kind}/{run}.csv")
-            if hasattr(task.options, "encoder_learning_rate"):  # a task that trains saves its model
-                outputs |= dict(model=f"fitted/{name}/{kind}/{run}", checkpoints="checkpoints")
-            modules = [f"medvlp.methods.{options.method}"]
-            fields = dict(data=data, method=method, seed=seed, inputs=inputs, outputs=outputs)
-            yield _stage(resolved, kind, run, task.options, modules, **fields)
+        runs, parts = list(product(task.data, task.methods, resolved.runs.seeds)), _parts(task.options)
+        for part, of_method in parts.items():
+            own = runs if of_method else product(task.data, [""], resolved.runs.seeds)
+            for run in own:
+                yield _task_stage(resolved, part, getattr(task.options, part), *run, saves_model=True)
+        for data, method, seed in runs:
+            fitted = {part: _fitted(resolved, part, data, method * own, seed) for part, own in parts.items()}
+            trains = bool(parts) or hasattr(task.options, "encoder_learning_rate")
+            yield _task_stage(resolved, kind, task.options, data, method, seed, saves_model=trains, inputs=fitted)
+
+
+def _task_stage(resolved, kind, options, data, method, seed, saves_model, inputs={}):
+    "One run of a task, or of a part of one; without a method if it needs none"
+    name, run = resolved.experiment.experiment, _task_run(data, method, seed)
+    inputs = inputs | dict(prepared=f"prepared/{data}", labels=resolved.sets[data].labels)
+    outputs, modules = dict(scores=f"scores/{name}/{kind}/{run}.csv"), []
+    if method:
+        trained = resolved.methods[method]
+        inputs |= dict(model=f"models/{name}/{method}-{seed}") | _report_options(trained)
+        modules = [f"medvlp.methods.{trained.method}"]
+    if saves_model:
+        outputs |= dict(model=_fitted(resolved, kind, data, method, seed), checkpoints="checkpoints")
+    fields = dict(data=data, method=method or kind, seed=seed, inputs=inputs, outputs=outputs)
+    return _stage(resolved, kind, run, options, modules, **fields)
+
+# %% ../../nbs/0_project/04_plan.ipynb #26e7b24f
+def _task_run(data, method, seed):
+    return "-".join(filter(None, (data, method, str(seed))))
+
+
+def _fitted(resolved, kind, data, method, seed):
+    "Where a task saves its model"
+    return f"fitted/{resolved.experiment.experiment}/{kind}/{_task_run(data, method, seed)}"
 
 
 def _report_options(options):
