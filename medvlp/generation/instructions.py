@@ -153,7 +153,7 @@ def show(self: Instructions, ids: list[int]) -> str:
         out += " ".join(names) if image else self.tokenizer.decode(run)
     return out
 
-# %% ../../nbs/6_generation/08_instructions.ipynb #6a9b5c06
+# %% ../../nbs/6_generation/08_instructions.ipynb #162d62f9
 class InstructionPairs(Dataset):
     "N studies as 2N examples: reports for images first, then images for reports; addressed by (epoch, index)"
 
@@ -188,6 +188,8 @@ class InstructionPairs(Dataset):
 
     def __getitem__(self, key) -> tuple[list[int], list[int]]:  # prompt and response
         epoch, i = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= i < len(self):
+            raise IndexError(i)
         if not self.training:
             return self._example(i)
         draw = np.random.default_rng(address(self.seed, epoch, i))
