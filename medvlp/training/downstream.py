@@ -6,7 +6,7 @@
 __all__ = ['FitOptions', 'DownstreamOptions', 'Examples', 'stored_size', 'split_studies', 'parameter_groups', 'DownstreamTrainer',
            'fit', 'stage_checkpoints']
 
-# %% ../../nbs/8_training/02_downstream.ipynb #6f8a410a
+# %% ../../nbs/8_training/02_downstream.ipynb #eb0ed68f
 import hashlib, json, shutil
 from pathlib import Path
 import numpy as np, torch
@@ -16,11 +16,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 from ..data.batches import AddressedSampling, EpochSampler, StudyDataset, resolve_device, resolve_workers
-from ..data.images import eval_transform, train_transform
-from ..encoders.pretrained import DownstreamConfig, DownstreamModel
+from ..data.images import address, eval_transform, train_transform
+from ..encoders.pretrained import DownstreamConfig, DownstreamModel, hash_weights
 from ..project.config import ComputeOptions, ConfigError, Fraction, Options
 from .loop import EarlyStopping, Guard, Progress, Timer, best_evaluation, last_checkpoint
-from .loop import hash_weights, resolve_precision, resume, run_key
+from .loop import resolve_precision, resume, run_key
 
 # %% ../../nbs/8_training/02_downstream.ipynb #65f39e1d
 class FitOptions(Options):
@@ -116,19 +116,32 @@ def _encoder_rate(options):
     "0 for a model without encoders"
     return getattr(options, "encoder_learning_rate", 0.0)
 
-# %% ../../nbs/8_training/02_downstream.ipynb #ab62b6d1
+# %% ../../nbs/8_training/02_downstream.ipynb #ebd36a34
 class _PairSampler(EpochSampler):
-    "An `EpochSampler` that leaves out a last study that would be alone in its batch"
+    "An `EpochSampler` that leaves out a last study that would be alone in its batch, and can batch similar lengths"
 
-    def __init__(self, n, batch_size, seed, epoch):
+    def __init__(self, n, batch_size, seed, epoch, lengths=None):
         super().__init__(n, seed, epoch)
+        self.batch_size, self.lengths = batch_size, lengths
         self.kept = n - (n > 1 and n % batch_size == 1)
 
     def __len__(self):
         return self.kept
 
     def __iter__(self):
-        return (key for key, _ in zip(super().__iter__(), range(self.kept)))
+        keys = list(super().__iter__())[: self.kept]
+        return iter(self._by_length(keys) if self.lengths else keys)
+
+    def _by_length(self, keys):
+        "Sixteen batches at a time are sorted by length; then all batches are shuffled, but for an incomplete last one"
+        pool, batches = 16 * self.batch_size, []
+        for start in range(0, len(keys), pool):
+            part = sorted(keys[start : start + pool], key=lambda key: self.lengths[key[1]])
+            batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+        n_full = len(keys) // self.batch_size
+        seed = address(self.seed, *keys[0]) if keys else 0
+        order = torch.randperm(n_full, generator=torch.Generator().manual_seed(seed)).tolist()
+        return [key for i in order for key in batches[i]] + [key for batch in batches[n_full:] for key in batch]
 
 
 def _budget(n, options):
@@ -187,7 +200,7 @@ def _machine(compute):
         dataloader_pin_memory=device != "cpu",
     )
 
-# %% ../../nbs/8_training/02_downstream.ipynb #73dd8bc6
+# %% ../../nbs/8_training/02_downstream.ipynb #94a58b8e
 class DownstreamTrainer(AddressedSampling, Trainer):
     "transformers' Trainer with two learning rates, addressed sampling, early stopping and one progress bar"
 
@@ -220,7 +233,8 @@ class DownstreamTrainer(AddressedSampling, Trainer):
 
     def _get_train_sampler(self, dataset=None):
         epoch = super()._get_train_sampler(dataset).epoch
-        return _PairSampler(len(self.train_dataset), self.args.train_batch_size, self.args.seed, epoch)
+        n, lengths = len(self.train_dataset), getattr(self.train_dataset, "lengths", None)
+        return _PairSampler(n, self.args.train_batch_size, self.args.seed, epoch, lengths)
 
 # %% ../../nbs/8_training/02_downstream.ipynb #60a692cf
 def _last(outputs, labels):

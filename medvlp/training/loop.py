@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resolve_precision', 'Curves', 'Guard', 'Timer', 'Progress', 'EarlyStopping', 'best_evaluation', 'last_checkpoint',
-           'resume', 'run_key', 'hash_weights']
+           'resume', 'run_key']
 
 # %% ../../nbs/8_training/00_loop.ipynb #9a8a1436
 import hashlib
@@ -214,13 +214,3 @@ def _code_hash():
     package = Path(find_spec("medvlp").submodule_search_locations[0])
     files = sorted(p for p in package.rglob("*.py") if p.parent.name != "project" and p.name != "_modidx.py")
     return hashlib.sha256("".join(bare_code(p.read_text()) for p in files).encode()).hexdigest()
-
-# %% ../../nbs/8_training/00_loop.ipynb #9a9dcced
-def hash_weights(
-    model: torch.nn.Module,
-) -> str:  # hexadecimal digits
-    "A hash of all weights and buffers, with their names"
-    content = hashlib.sha256()
-    for name, x in model.state_dict().items():
-        content.update(name.encode() + x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return content.hexdigest()

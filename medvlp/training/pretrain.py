@@ -28,6 +28,7 @@ from ..data.prepare import check_writable, count_pairs, load_sets
 from ..data.studies import SPLITS
 from ..data.tokens import build_tokenizer, load_tokenizer
 from ..encoders.image import ImageEncoderOptions
+from ..encoders.pretrained import hash_weights
 from ..encoders.text import TextEncoderOptions
 from ..methods.base import build_method, load_method
 from ..project.config import ComputeOptions, ConfigError, Fraction, Options
@@ -38,7 +39,6 @@ from medvlp.training.loop import (
     Guard,
     Progress,
     Timer,
-    hash_weights,
     resolve_precision,
     resume,
     run_key,
