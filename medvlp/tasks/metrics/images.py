@@ -8,7 +8,7 @@ __all__ = ['ImageMetricsOptions', 'check_images', 'FeatureNetwork', 'resize', 'l
            'pair_recalls', 'side_labels', 'FindingProbe', 'fit_finding_probe', 'image_findings',
            'nearest_neighbour_test', 'neighbour_table', 'cycle_findings', 'image_scores']
 
-# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #760fefbd
+# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #77a7663f
 import hashlib
 from collections.abc import Callable
 from functools import partial
@@ -25,13 +25,13 @@ from transformers import PreTrainedConfig
 from ...encoders.image import ImageEncoder, image_config
 from ...project.config import ConfigError, Options, options_table
 from ..embed import text_embeddings
-from .intervals import Estimate, estimate, few_labels_note, few_note, join_notes
+from .intervals import Estimate, auroc, estimate, few_labels_note, few_note, join_notes
 from .intervals import resample, weighted_mean, with_macro
 from .text import finding_metrics
 from ..probe import class_notes, fit_probe, label_matrix, probe_logits
 from ..reconstruction import other_patients
 from ..retrieval import recall_at_k, report_ids
-from ..zero_shot import answer_scores, best_threshold
+from ..zero_shot import best_threshold
 
 # %% ../../../nbs/9_tasks/metrics/04_images.ipynb #82ced213
 class ImageMetricsOptions(Options):
@@ -452,15 +452,18 @@ def fit_finding_probe(
     thresholds = np.array([best_threshold(y, s) for y, s in zip(known.T, logits.T)])
     return FindingProbe(names, probes, thresholds, "threshold of the best F1 on validation images")
 
-# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #623d3cc7
-_PROBE_MEASURES = ["finding AUROC", "finding accuracy", "finding F1"]
+# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #c896093f
+_PROBE_MEASURES = ["finding AUROC", "finding accuracy", "finding balanced accuracy"]
 
 
 def _probe_statistics(labels, logits, answers, usable, counts=None):
-    "[3,K+1] or [R,3,K+1]: AUROC, accuracy and F1 of each finding, then their means over usable findings"
-    found = [answer_scores(y, s, a, counts) for y, s, a in zip(labels.T, logits.T, answers.T)]
-    table = np.stack(found, 1)  # [3,K] or [3,K,R]
-    return with_macro(table, usable) if counts is None else with_macro(np.moveaxis(table, -1, 0), usable)
+    "[3,K+1] or [R,3,K+1]: AUROC, accuracy and balanced accuracy of each finding, then their means over usable findings"
+    area = np.stack([auroc(y, s, counts) for y, s in zip(labels.T, logits.T)], -1)
+    right = answers == (labels == 1)
+    sensitivity, specificity, accuracy = (
+        weighted_mean(np.where(np.isin(labels, among), right, np.nan), counts) for among in (1, 0, (0, 1))
+    )
+    return with_macro(np.stack([area, accuracy, (sensitivity + specificity) / 2], -2), usable)
 
 
 def image_findings(
@@ -493,13 +496,13 @@ def _difference(f, g, counts=None):
     "How much one statistic exceeds another in the same resamples"
     return f(counts) - g(counts)
 
-# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #5e6d16f5
+# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #ddeea122
 def _finding_rows(system, e, labels, usable, probe):
     "A row for each measure and finding, and for the mean"
     with np.errstate(invalid="ignore"):
         positive = (labels == 1).sum(0) / np.isin(labels, (0, 1)).sum(0)
-    chances = [np.full(len(positive), 0.5), np.maximum(positive, 1 - positive), 2 * positive / (1 + positive)]
-    n, rows = [*np.isin(labels, (0, 1)).sum(0), len(labels)], []
+    half, known = np.full(len(positive), 0.5), np.isin(labels, (0, 1))
+    chances, n, rows = [half, np.maximum(positive, 1 - positive), half], [*known.sum(0), known.any(1).sum()], []
     for m, (measure, chance) in enumerate(zip(_PROBE_MEASURES, chances)):
         chance = np.zeros(len(n)) if " over " in system else with_macro(chance, usable)
         for k, (name, note) in enumerate(zip([*probe.names, "macro"], _class_notes(labels, usable))):
