@@ -7,7 +7,7 @@ __all__ = ['CodebookOptions', 'Pairs', 'token_pairs', 'text_tokens', 'token_span
            'image_keywords', 'report_keypatches', 'study_hints', 'true_findings', 'named_findings', 'baseline_keywords',
            'keyword_table', 'keypatch_agreement', 'codebook', 'read_hints']
 
-# %% ../../nbs/9_tasks/11_codebook.ipynb #082f88b8
+# %% ../../nbs/9_tasks/11_codebook.ipynb #489868b8
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -29,7 +29,7 @@ from .metrics.intervals import estimate, few_note, resample, weighted_mean
 from .metrics.scores import TaskResult, no_scores
 from .metrics.text import affirmed, finding_scores
 from ..training.downstream import split_studies
-from ..training.loop import hash_weights
+from ..encoders.pretrained import hash_weights
 
 # %% ../../nbs/9_tasks/11_codebook.ipynb #2bede070
 class CodebookOptions(Options):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AlternatingOptions', 'epoch_batches', 'restart_codes', 'Alternation', 'fit_vqgan']
 
-# %% ../../nbs/8_training/03_alternating.ipynb #be43a55b
+# %% ../../nbs/8_training/03_alternating.ipynb #d8b48de1
 import math
 import os
 import shutil
@@ -40,7 +40,8 @@ from medvlp.generation.vqgan import (
     image_transform,
 )
 from ..project.config import ComputeOptions, ConfigError, Fraction, Options
-from .loop import Curves, Guard, Progress, hash_weights, resolve_precision, run_key
+from ..encoders.pretrained import hash_weights
+from .loop import Curves, Guard, Progress, resolve_precision, run_key
 
 # %% ../../nbs/8_training/03_alternating.ipynb #08721a7c
 class AlternatingOptions(Options):
