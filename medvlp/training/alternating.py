@@ -228,13 +228,13 @@ def read_terms(self: Alternation) -> dict[str, float]:
     self.terms.clear()
     return logs
 
-# %% ../../nbs/8_training/03_alternating.ipynb #9722da33
+# %% ../../nbs/8_training/03_alternating.ipynb #00c686f3
 def _accelerator(compute, seed):
     "Device, precision and processes"
     device = resolve_device(compute.device)
     if compute.deterministic and device != "cpu":
         enable_full_determinism(seed)
-    AcceleratorState._reset_state(reset_partial_state=True)  # a training before this one may have had another precision
+    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier training, as transformers does
     half = resolve_precision(compute.precision, device) == "bf16"
     return Accelerator(mixed_precision="bf16" if half else "no", cpu=device == "cpu")
 
