@@ -93,7 +93,7 @@ def _build_vq(c):
     vq.quantize.legacy = False  # beta belongs to the commitment, see below
     return vq
 
-# %% ../../nbs/6_generation/05_vqgan.ipynb #e8e2618a
+# %% ../../nbs/6_generation/05_vqgan.ipynb #0d341ed5
 class VQGAN(PreTrainedModel):
     "Images to tokens and back"
 
@@ -122,14 +122,6 @@ class VQGAN(PreTrainedModel):
         "The weights of the decoder's last convolution, where the adaptive weight compares gradients"
         return self.vq.decoder.conv_out.weight
 
-    def latents(
-        self,
-        images: Tensor,  # [B,1,H,W] in 0..1; ValueError if the stride does not divide H and W
-    ) -> Tensor:  # [B,d,H/f,W/f] float32, before they are quantised
-        "What the encoder makes of images"
-        self._check_images(images)
-        return self.vq.encode(2 * images - 1).latents.float()
-
     def forward(
         self,
         images: Tensor,  # [B,1,H,W] in 0..1
@@ -140,11 +132,7 @@ class VQGAN(PreTrainedModel):
         codes, loss, (_, _, tokens) = self.vq.quantize(self.latents(images))
         return dict(reconstruction=self._generate(codes), codebook=loss, tokens=tokens.view(len(images), -1))
 
-    def _generate(self, codes):
-        "[B,d,rows,columns] to images in about 0..1, float32"
-        return (self.vq.decode(codes, force_not_quantize=True).sample.float() + 1) / 2
-
-# %% ../../nbs/6_generation/05_vqgan.ipynb #7f02388f
+# %% ../../nbs/6_generation/05_vqgan.ipynb #46472bb7
 @patch
 def _check_images(self: VQGAN, images):
     C, H, W = images.shape[-3:]
@@ -159,6 +147,22 @@ def _check_images(self: VQGAN, images):
 
 
 @patch
+def latents(
+    self: VQGAN,
+    images: Tensor,  # [B,1,H,W] in 0..1; ValueError if the stride does not divide H and W
+) -> Tensor:  # [B,d,H/f,W/f] float32, before they are quantised
+    "What the encoder makes of images"
+    self._check_images(images)
+    return self.vq.encode(2 * images - 1).latents.float()
+
+
+@patch
+def _generate(self: VQGAN, codes):
+    "[B,d,rows,columns] to images in about 0..1, float32"
+    return (self.vq.decode(codes, force_not_quantize=True).sample.float() + 1) / 2
+
+# %% ../../nbs/6_generation/05_vqgan.ipynb #ca48dbd2
+@patch
 @torch.no_grad()
 def encode(
     self: VQGAN,
@@ -168,7 +172,7 @@ def encode(
     z = self.latents(images).permute(0, 2, 3, 1)
     return torch.cdist(z.flatten(0, 2), self.codes).argmin(1).view(len(images), -1)
 
-
+# %% ../../nbs/6_generation/05_vqgan.ipynb #3db46554
 @patch
 @torch.no_grad()
 def decode(

@@ -43,12 +43,15 @@ class VqganOptions(VQGANOptions, AlternatingOptions):
         gains = [f"{name} over downsampled" for name in _MEASURES]
         return dict(vqgan=[*_MEASURES, *(f"downsampled {m}" for m in _MEASURES), *gains, "codes used", "perplexity"])
 
-# %% ../../nbs/9_tasks/10_vqgan.ipynb #9c8e2afb
+# %% ../../nbs/9_tasks/10_vqgan.ipynb #8579762b
 def _images(studies, config, batch_size=32, workers=0):
     "Batches [B,1,H,W] of the studies' images as the VQ-GAN takes them"
     items = StudyDataset(studies, image_transform(config), cache_mb=0)
-    loader = DataLoader(items, batch_size, collate_fn=lambda rows: [r["image"] for r in rows], num_workers=workers)
-    return (torch.stack(rows) for rows in loader)
+    return DataLoader(items, batch_size, collate_fn=_stack, num_workers=workers)
+
+
+def _stack(rows):
+    return torch.stack([row["image"] for row in rows])
 
 
 def downsample(
@@ -159,7 +162,7 @@ def vqgan(
     table = pd.DataFrame({name: v.mean(0) for name, v in values.items()}, index=_MEASURES).T
     return TaskResult(scores, table, headline={"SSIM": "SSIM of reconstructions"})
 
-# %% ../../nbs/9_tasks/10_vqgan.ipynb #3dea1d8c
+# %% ../../nbs/9_tasks/10_vqgan.ipynb #d113785b
 @torch.inference_mode()
 def plot_vqgan(
     model: VQGAN,
@@ -167,7 +170,7 @@ def plot_vqgan(
     titles: list[str] = (),  # one for each study
 ) -> plt.Figure:
     "A column for each study: the image, its reconstruction by the VQ-GAN, and the downsampled image"
-    images = next(_images(studies, model.config, len(studies))).to(model.device)
+    images = next(iter(_images(studies, model.config, len(studies)))).to(model.device)
     rows = {"image": images, "VQ-GAN": model.reconstruct(images), "downsampled": downsample(images, model.grid)}
     size = (1.2 * len(images) + 0.4, 3.8)
     fig, axes = plt.subplots(3, len(images), figsize=size, layout="constrained", squeeze=False)

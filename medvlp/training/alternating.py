@@ -138,7 +138,7 @@ class Alternation:
         self.recent.copy_(state["recent"])
         self.uses.copy_(state["uses"])
 
-# %% ../../nbs/8_training/03_alternating.ipynb #fb7abccc
+# %% ../../nbs/8_training/03_alternating.ipynb #82603486
 @patch
 def _descend(self: Alternation, optimizer, rate, loss):
     "One step of an optimiser, with the gradient averaged over processes"
@@ -152,7 +152,7 @@ def _descend(self: Alternation, optimizer, rate, loss):
             p.grad = self._average(p.grad)
     optimizer.step()
 
-
+# %% ../../nbs/8_training/03_alternating.ipynb #6ea720bb
 @patch
 def _average(self: Alternation, x):
     "Mean over processes"
@@ -172,7 +172,7 @@ def _restart(self: Alternation, images):
     self.terms["restarted"].append(torch.tensor(float(n), device=images.device))
     self.recent.zero_()
 
-# %% ../../nbs/8_training/03_alternating.ipynb #69529698
+# %% ../../nbs/8_training/03_alternating.ipynb #e1bc7b4e
 @patch
 def take_step(
     self: Alternation,
@@ -203,7 +203,7 @@ def take_step(
     self.uses += uses
     self.step += 1
 
-
+# %% ../../nbs/8_training/03_alternating.ipynb #a3ea79f3
 @patch
 def _deceive(self: Alternation, made, reconstruction):
     "The generator's part of the GAN, and its weight"
@@ -229,17 +229,17 @@ def read_terms(self: Alternation) -> dict[str, float]:
     self.terms.clear()
     return logs
 
-# %% ../../nbs/8_training/03_alternating.ipynb #9722da33
+# %% ../../nbs/8_training/03_alternating.ipynb #447dbce7
 def _accelerator(compute, seed):
     "Device, precision and processes"
     device = resolve_device(compute.device)
     if compute.deterministic and device != "cpu":
         enable_full_determinism(seed)
-    AcceleratorState._reset_state(reset_partial_state=True)  # a training before this one may have had another precision
+    AcceleratorState._reset_state(reset_partial_state=True)  # of an earlier training, as transformers does
     half = resolve_precision(compute.precision, device) == "bf16"
     return Accelerator(mixed_precision="bf16" if half else "no", cpu=device == "cpu")
 
-
+# %% ../../nbs/8_training/03_alternating.ipynb #d8b53473
 def _stack(items):
     return torch.stack([item["image"] for item in items])
 
@@ -260,14 +260,14 @@ def _stream(items, alternation, workers):
         pin = a.accelerator.device.type == "cuda"
         yield from DataLoader(items, batch_sampler=mine, collate_fn=_stack, num_workers=workers, pin_memory=pin)
 
-# %% ../../nbs/8_training/03_alternating.ipynb #28df2e27
+# %% ../../nbs/8_training/03_alternating.ipynb #3641e731
 def _run(alternation, items, checkpoint, callbacks, compute):
     "Train to the end, from the checkpoint if there is one"
     a, o = alternation, alternation.options
     main, device = a.accelerator.is_main_process, a.accelerator.device
     state = TrainerState(max_steps=o.steps, is_world_process_zero=main)
     if checkpoint.is_file():
-        saved = torch.load(checkpoint, device)
+        saved = torch.load(checkpoint, "cpu")
         a.load(saved)
         state.global_step, state.log_history = a.step, saved["log_history"]
     args, control, last = SimpleNamespace(output_dir=checkpoint.parent), TrainerControl(), time.monotonic()
@@ -295,7 +295,7 @@ def _run(alternation, items, checkpoint, callbacks, compute):
             last = time.monotonic()
     tell("on_train_end")
 
-
+# %% ../../nbs/8_training/03_alternating.ipynb #d6731f1d
 def _save(state, file, main):
     "Write a checkpoint whole or not at all"
     if main:
@@ -303,7 +303,20 @@ def _save(state, file, main):
         torch.save(state, file.with_suffix(".part"))
         os.replace(file.with_suffix(".part"), file)
 
-# %% ../../nbs/8_training/03_alternating.ipynb #eeba58a2
+# %% ../../nbs/8_training/03_alternating.ipynb #87f8fa49
+def _key(model, studies, options, seed, compute, accelerator):
+    "A hash of what decides the weights"
+    machine = [accelerator.device.type, accelerator.mixed_precision, compute.deterministic, accelerator.num_processes]
+    return run_key(
+        config=model.config.to_dict(),
+        weights=hash_weights(model),
+        data=studies._fingerprint,
+        options=options.model_dump(),
+        seed=seed,
+        compute=machine,
+    )
+
+# %% ../../nbs/8_training/03_alternating.ipynb #1a251b44
 def fit_vqgan(
     model: VQGAN,  # freshly drawn; trained in place
     studies,  # the training split of load_studies
@@ -322,14 +335,7 @@ def fit_vqgan(
     size, processes = min(options.batch_size, len(studies)), accelerator.num_processes
     if size % processes:
         raise ConfigError(f"batch_size: {size} images cannot be shared by {processes} processes: use a multiple")
-    key = run_key(
-        config=model.config.to_dict(),
-        weights=hash_weights(model),
-        data=studies._fingerprint,
-        options=options.model_dump(),
-        seed=seed,
-        compute=[str(accelerator.device.type), accelerator.mixed_precision, compute.deterministic, processes],
-    )
+    key = _key(model, studies, options, seed, compute, accelerator)
     folder = Path(checkpoints) / f"vqgan-{seed}-{key}"
     items = StudyDataset(studies, image_transform(model.config, (options.degrees, options.contrast)), seed=seed)
     callbacks = [Guard(), Progress(title), *([Curves(curves)] if curves else [])]
