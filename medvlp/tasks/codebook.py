@@ -7,7 +7,7 @@ __all__ = ['CodebookOptions', 'Pairs', 'token_pairs', 'text_tokens', 'token_span
            'image_keywords', 'report_keypatches', 'study_hints', 'true_findings', 'named_findings', 'baseline_keywords',
            'keyword_table', 'keypatch_agreement', 'codebook', 'read_hints', 'hint_sheet']
 
-# %% ../../nbs/9_tasks/11_codebook.ipynb #4158e8bd
+# %% ../../nbs/9_tasks/11_codebook.ipynb #cb5ac21c
 from functools import partial
 from pathlib import Path
 from textwrap import fill
@@ -27,7 +27,7 @@ from ..generation.entities import asserted, count_entities, load_recogniser
 from ..project.config import ComputeOptions, ConfigError, Fraction, Options
 from .embed import batches
 from .metrics.intervals import estimate, few_note, resample, weighted_mean
-from .metrics.scores import TaskResult, no_scores
+from .metrics.scores import TaskResult, no_result
 from .metrics.text import affirmed, finding_scores
 from ..training.downstream import split_studies
 from ..training.loop import hash_weights
@@ -403,7 +403,7 @@ def _scores(table, agreement, chance, patients, n_resamples):
     note = few_note({"test studies": len(patients), "test studies with a finding and a report": known})
     return scores.assign(note=np.where(scores["value"].isna(), "no test study has it", note))
 
-# %% ../../nbs/9_tasks/11_codebook.ipynb #e7caf1f2
+# %% ../../nbs/9_tasks/11_codebook.ipynb #ddb8e45d
 def codebook(
     model,
     tokenizer,  # a method that aligns patches with words, and its tokenizer
@@ -425,9 +425,7 @@ def codebook(
     hints.to_parquet(Path(output) / "hints.parquet")
     test, patients = hints[hints.split == "test"], parts["test"]["patient_id"][:]
     if len(set(patients)) < 2:
-        return TaskResult(
-            no_scores(), pd.DataFrame(), f"test patients: {len(set(patients))}, intervals need at least 2"
-        )
+        return no_result(f"test patients: {len(set(patients))}, but intervals need at least 2")
     reader, truth = true_findings(studies, options.labeller, options.sections)
     lists = dict(keywords=test.keywords.tolist()) | baseline_keywords(test.keywords.tolist(), text, seed)
     named = {name: named_findings(words, reader, list(truth)) for name, words in lists.items()}
