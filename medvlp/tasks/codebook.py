@@ -443,7 +443,7 @@ def read_hints(
     "The keywords and keypatches of every study"
     return pd.read_parquet(Path(output) / "hints.parquet")
 
-# %% ../../nbs/9_tasks/11_codebook.ipynb #a4e98627
+# %% ../../nbs/9_tasks/11_codebook.ipynb #f040e580
 def hint_sheet(
     model,
     visual: VisualCodebook,
@@ -473,6 +473,6 @@ def hint_sheet(
             row[1].text(0, 0.98 - 0.12 * k, h.keywords[k], color=f"C{k}", fontsize=8, va="top")
         row[1].text(0, 0.98 - 0.12 * boxes, fill(", ".join(h.keywords[boxes:]), 36), fontsize=7, va="top")
         for ax, number, word in zip(row[2:], h.keypatches, h.keypatch_words):
-            ax.imshow(visual.pixels[number], cmap="gray", vmin=0, vmax=255)
+            ax.imshow(visual.pixels[number].cpu(), cmap="gray", vmin=0, vmax=255)
             ax.set_title(word, fontsize=7)
     return fig
