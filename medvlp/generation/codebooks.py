@@ -74,7 +74,7 @@ class Codebook(nn.Module):
     def __len__(self):
         return len(self.table)
 
-# %% ../../nbs/6_generation/07_codebooks.ipynb #9b342263
+# %% ../../nbs/6_generation/07_codebooks.ipynb #9d3e3969
 @patch
 def save(
     self: Codebook,
@@ -99,6 +99,7 @@ def load(
     try:
         facts = json.loads(path.with_suffix(".json").read_text())
         table = pd.read_csv(path.with_suffix(".csv"), dtype=dict(study_id=str), keep_default_na=False)
+        facts = dict(facts, weights=str(facts["weights"]), options=dict(facts["options"]))
         return cls(table, facts, **load_file(path.with_suffix(".safetensors"))).to(device)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as e:
         problem = f"{path}.*: this is no whole {cls.name} codebook: {' '.join(str(e).split())[:200]}"
@@ -111,7 +112,7 @@ def check(
     weights: str,  # hash of the method's weights
 ) -> None:
     "ConfigError where the codebook was made with other weights than those of the method at hand"
-    if (own := str(self.facts.get("weights"))) != weights:
+    if (own := self.facts["weights"]) != weights:
         problem = f"the {self.name} codebook was made with a method of weights {own[:12]}, not {weights[:12]}"
         raise ConfigError(f"{problem}: run the codebook stage again with the method that you use")
 

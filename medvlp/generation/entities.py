@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['GROUPS', 'Entity', 'Lexicon', 'Tagger', 'load_recogniser', 'count_entities', 'asserted']
 
-# %% ../../nbs/6_generation/06_entities.ipynb #6babc272
+# %% ../../nbs/6_generation/06_entities.ipynb #04ea1218
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ def _entity(text, start, end, group, score=1.0):
     "The entity at a place of a text"
     return Entity(start, end, " ".join(text[start:end].lower().split()), group, score)
 
-# %% ../../nbs/6_generation/06_entities.ipynb #aef6c6dc
+# %% ../../nbs/6_generation/06_entities.ipynb #85948640
 class Lexicon:
     "Finds the phrases of a table in texts"
 
@@ -43,7 +44,7 @@ class Lexicon:
         self,
         file: str | Path | None = None,  # YAML, a list of phrases for each group; None: the package's own
     ):
-        self._labeller = Labeller(_read_lexicon(file or files("medvlp.generation") / "entities.yaml"))
+        self._labeller = Labeller(_read_lexicon(file)) if file else _default_matcher()
 
     def __call__(
         self,
@@ -51,6 +52,12 @@ class Lexicon:
     ) -> list[list[Entity]]:  # N lists, in the order of the text
         "The entities of each text; all have score 1"
         return [[_entity(text, i, j, group) for group, _, i, j in self._labeller.mentions(text)] for text in texts]
+
+
+@cache
+def _default_matcher():
+    "The matcher of the package's own table, built once"
+    return Labeller(_read_lexicon(files("medvlp.generation") / "entities.yaml"))
 
 
 def _read_lexicon(file):

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['CodebookOptions', 'Pairs', 'token_pairs', 'text_tokens', 'token_spans', 'build_codebooks', 'load_codebooks',
            'image_keywords', 'report_keypatches', 'study_hints', 'true_findings', 'named_findings', 'baseline_keywords',
-           'keyword_table', 'keypatch_agreement', 'codebook', 'read_hints']
+           'keyword_table', 'keypatch_agreement', 'codebook', 'read_hints', 'hint_sheet']
 
-# %% ../../nbs/9_tasks/11_codebook.ipynb #489868b8
+# %% ../../nbs/9_tasks/11_codebook.ipynb #ebfc5d1b
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Literal, NamedTuple
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from ..generation.entities import asserted, count_entities, load_recogniser
 from ..project.config import ComputeOptions, ConfigError, Fraction, Options
 from .embed import batches
 from .metrics.intervals import estimate, few_note, resample, weighted_mean
-from .metrics.scores import TaskResult, no_scores
+from .metrics.scores import TaskResult, no_result
 from .metrics.text import affirmed, finding_scores
 from ..training.downstream import split_studies
 from ..encoders.pretrained import hash_weights
@@ -276,7 +277,7 @@ def report_keypatches(
     reading = (book.facts["options"]["max_tokens"], batch_size)
     return torch.cat([book.keypatches(*part) for part in text_tokens(model, tokenizer, reports, *reading)])
 
-# %% ../../nbs/9_tasks/11_codebook.ipynb #d7d2c872
+# %% ../../nbs/9_tasks/11_codebook.ipynb #778ebace
 def study_hints(
     model,
     tokenizer,
@@ -295,13 +296,13 @@ def study_hints(
         for i, (keywords, report, places) in enumerate(zip(text.words(words), part, spans)):
             a, b = len(keywords), int((patches.numbers[i] >= 0).sum())
             row = dict(keywords=keywords, keyword_scores=words.scores[i, :a].tolist())
-            row |= dict(keyword_patches=words.tokens[i, :a].tolist(), keypatches=patches.numbers[i, :b].tolist())
-            row |= dict(keypatch_scores=patches.scores[i, :b].tolist())
+            row["keyword_boxes"] = pairs.boxes[i, words.tokens[i, :a]].tolist()
+            row |= dict(keypatches=patches.numbers[i, :b].tolist(), keypatch_scores=patches.scores[i, :b].tolist())
             row["keypatch_words"] = [_word_at(report, *places[k]) for k in patches.tokens[i, :b].tolist()]
             rows.append(row)
     return studies.select_columns(["study_id", "patient_id", "split"]).to_pandas().join(pd.DataFrame(rows))
 
-# %% ../../nbs/9_tasks/11_codebook.ipynb #41c75bb3
+# %% ../../nbs/9_tasks/11_codebook.ipynb #234db56b
 def true_findings(
     studies,  # of load_studies
     labeller: str,  # a table, or auto
@@ -324,7 +325,8 @@ def named_findings(
     findings: list[str],  # K
 ) -> np.ndarray:  # [N,K] bool
     "The findings that some keyword of each list names"
-    known = {word: [labeller(word)[f] == 1 for f in findings] for words in keywords for word in words}
+    read = {word: labeller(word) for word in {word for words in keywords for word in words}}
+    known = {word: [found[f] == 1 for f in findings] for word, found in read.items()}
     nothing = [False] * len(findings)
     return np.array([np.any([nothing, *(known[word] for word in words)], axis=0) for words in keywords])
 
@@ -401,7 +403,7 @@ def _scores(table, agreement, chance, patients, n_resamples):
     note = few_note({"test studies": len(patients), "test studies with a finding and a report": known})
     return scores.assign(note=np.where(scores["value"].isna(), "no test study has it", note))
 
-# %% ../../nbs/9_tasks/11_codebook.ipynb #e7caf1f2
+# %% ../../nbs/9_tasks/11_codebook.ipynb #ddb8e45d
 def codebook(
     model,
     tokenizer,  # a method that aligns patches with words, and its tokenizer
@@ -423,9 +425,7 @@ def codebook(
     hints.to_parquet(Path(output) / "hints.parquet")
     test, patients = hints[hints.split == "test"], parts["test"]["patient_id"][:]
     if len(set(patients)) < 2:
-        return TaskResult(
-            no_scores(), pd.DataFrame(), f"test patients: {len(set(patients))}, intervals need at least 2"
-        )
+        return no_result(f"test patients: {len(set(patients))}, but intervals need at least 2")
     reader, truth = true_findings(studies, options.labeller, options.sections)
     lists = dict(keywords=test.keywords.tolist()) | baseline_keywords(test.keywords.tolist(), text, seed)
     named = {name: named_findings(words, reader, list(truth)) for name, words in lists.items()}
@@ -442,3 +442,37 @@ def read_hints(
 ) -> pd.DataFrame:  # of `study_hints`
     "The keywords and keypatches of every study"
     return pd.read_parquet(Path(output) / "hints.parquet")
+
+# %% ../../nbs/9_tasks/11_codebook.ipynb #f040e580
+def hint_sheet(
+    model,
+    visual: VisualCodebook,
+    hints: pd.DataFrame,  # of `read_hints`
+    studies,  # of load_studies, those of the hints
+    n: int = 3,  # studies
+    split: str = "test",
+    boxes: int = 3,  # keywords whose patches are drawn
+):  # figure of matplotlib
+    "Images with their keywords, and the keypatches of their reports"
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
+    from medvlp.data.images import eval_transform
+
+    shown = hints[(hints.split == split) & (hints.keypatches.str.len() > 0)].head(n)
+    M, transform = max(1, shown.keypatches.str.len().max()), eval_transform(model.config.image["image_size"])
+    ratios = [1.6, 2.4, *[0.8] * M]
+    size = (1.1 * sum(ratios), 1.8 * max(1, len(shown)))
+    fig, axes = plt.subplots(max(1, len(shown)), 2 + M, figsize=size, squeeze=False, width_ratios=ratios)
+    fig.set_layout_engine("constrained")
+    for ax in axes.flat:
+        ax.axis("off")
+    for row, (i, h) in zip(axes, shown.iterrows()):
+        row[0].imshow(transform(studies[i]["image"])[0], cmap="gray", vmin=0, vmax=1, extent=(0, 1, 1, 0))
+        for k, (x0, y0, x1, y1) in enumerate(list(h.keyword_boxes)[:boxes]):
+            row[0].add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=f"C{k}", lw=1.2))
+            row[1].text(0, 0.98 - 0.12 * k, h.keywords[k], color=f"C{k}", fontsize=8, va="top")
+        row[1].text(0, 0.98 - 0.12 * boxes, fill(", ".join(h.keywords[boxes:]), 36), fontsize=7, va="top")
+        for ax, number, word in zip(row[2:], h.keypatches, h.keypatch_words):
+            ax.imshow(visual.pixels[number].cpu(), cmap="gray", vmin=0, vmax=255)
+            ax.set_title(word, fontsize=7)
+    return fig
