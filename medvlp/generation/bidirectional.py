@@ -64,7 +64,7 @@ class LanguageModelOptions(Options):
             raise ValueError(f"hidden_size = {self.hidden_size}: not heads = {self.heads} times a multiple of 8")
         return self
 
-# %% ../../nbs/6_generation/09_bidirectional.ipynb #98959ec8
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #0ec5cf22
 class BidirectionalConfig(DownstreamConfig):
     model_type = "bidirectional"
     language_model: dict | None = None  # configuration of transformers, with its model_type
@@ -79,12 +79,12 @@ class BidirectionalConfig(DownstreamConfig):
     def causal(self):
         "The language model's own configuration"
         facts = dict(self.language_model)
-        return AutoConfig.for_model(facts.pop("model_type"), **facts)
+        return AutoConfig.for_model(facts.pop("model_type"), **facts | dict(pad_token_id=None))
 
 
 AutoConfig.register("bidirectional", BidirectionalConfig, exist_ok=True)
 
-# %% ../../nbs/6_generation/09_bidirectional.ipynb #6ba06431
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #b25d17db
 class Bidirectional(DownstreamModel):
     "A causal language model of text and image tokens, with its `tokenizer`"
 
@@ -99,6 +99,7 @@ class Bidirectional(DownstreamModel):
         if config.lora:
             _add_lora(self.language_model, config.lora)
         self.post_init()
+        self._keys_to_ignore_on_save = list(self.all_tied_weights_keys) or None  # an output layer that is the embedding
 
     @cached_property
     def instructions(self) -> Instructions:
@@ -124,7 +125,13 @@ class Bidirectional(DownstreamModel):
         losses = losses.sum(1) / (labels != -100).sum(1).clamp(min=1)
         return dict(loss=losses.mean(), losses=losses)
 
-# %% ../../nbs/6_generation/09_bidirectional.ipynb #56148b7f
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #6b50c462
+@patch
+def save_pretrained(self: Bidirectional, save_directory: str | Path, **options):
+    "Write weights under the names that they have here, not those that an architecture once had: checkpoints need them"
+    DownstreamModel.save_pretrained(self, save_directory, **options | dict(save_original_format=False))
+
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #69cfc579
 def _add_lora(language_model, lora):
     "Insert adapters in place; ConfigError where no layer has such a name"
     try:
@@ -138,7 +145,7 @@ def _add_lora(language_model, lora):
     for embedding in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
         embedding.requires_grad_()
 
-# %% ../../nbs/6_generation/09_bidirectional.ipynb #eb266bf7
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #42525b22
 def build_bidirectional(
     options: LanguageModelOptions,
     reports: Sequence[str],  # of the training split
@@ -152,6 +159,7 @@ def build_bidirectional(
     text_vocab = text_types(tokenizer, rows, options.text_vocab)
     if network:
         network.resize_token_embeddings(text_vocab + n_codes)
+        network.config.pad_token_id = None  # rows are padded where nothing looks
     causal = network.config if network else _small(options, text_vocab + n_codes, tokenizer.eos_token_id)
     facts = dict(text_vocab=text_vocab, n_codes=n_codes, grid=list(grid), lora=_lora(options))
     facts |= options.model_dump(include={"keywords", "keypatches"})
@@ -217,7 +225,7 @@ def check_tokenizer(
         remedy = "use the VQ-GAN that the language model was trained with, or train it again"
         raise ConfigError(f"the VQ-GAN has {', and '.join(problems)}, which the language model knows; {remedy}")
 
-# %% ../../nbs/6_generation/09_bidirectional.ipynb #78082443
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #b05fe80e
 class Decoding(Options):
     "How tokens are chosen"
 
@@ -334,7 +342,7 @@ def _read_parts(file, key):
     part.replace(file)
     return [json.loads(line) for line in whole[1:]]
 
-# %% ../../nbs/6_generation/09_bidirectional.ipynb #1df78efe
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #3ab7dc4e
 @patch
 def _respond(self: Bidirectional, prompts, decoding, allowed, tokens, stop, batch_size, file, title):
     "Token numbers of the responses to all prompts, batches of similar length first"
@@ -363,7 +371,7 @@ def _check_context(prompts, tokens, context):
             f"{problem}; shorten reports, give fewer keywords or keypatches, or lower decoding.max_tokens"
         )
 
-# %% ../../nbs/6_generation/09_bidirectional.ipynb #92ec7b15
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #77b9d78d
 @patch
 def write_reports(
     self: Bidirectional,
@@ -380,7 +388,7 @@ def write_reports(
     prompts = [to.report_prompt(x, words) for x, words in zip(images.cpu(), hints, strict=True)]
     allowed = torch.zeros(to.text_vocab + to.n_codes, dtype=torch.bool)
     allowed[list(self.tokenizer.get_vocab().values())] = True
-    allowed[self.tokenizer.all_special_ids] = False
+    allowed[[t for t, token in self.tokenizer.added_tokens_decoder.items() if token.special]] = False
     allowed[to.stop] = True
     tokens = decoding.max_tokens or self.config.max_report_tokens
     written = self._respond(prompts, decoding, allowed, tokens, to.stop, batch_size, parts, "write reports")
