@@ -259,23 +259,29 @@ def aggd(
     scale = np.sqrt(gamma(1 / alpha) / gamma(3 / alpha))
     return alpha, scale * left, scale * right
 
-# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #db0c40b4
+# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #8e98fef7
 def niqe_features(
-    images,  # [N,1,H,W] in 0..1
+    images: Tensor,  # [N,1,H,W] in 0..1
     patch: int = 96,  # its side, in pixels
 ) -> tuple[
     np.ndarray, np.ndarray
 ]:  # [N,P,36], NaN for a patch without texture; sharpness [N,P], the mean local deviation
     "The features of the patches of each image, at two scales; ConfigError where an image has fewer than two patches"
-    x = 255 * torch.as_tensor(images).double()
-    rows, columns = (n // patch for n in x.shape[2:])
+    height, width = images.shape[2:]
+    rows, columns = height // patch, width // patch
     if rows * columns < 2:
-        height, width = x.shape[2:]
         most = min(height, width, max(height, width) // 2) // 2 * 2
         raise ConfigError(
             f"niqe_patch: {patch} leaves fewer than 2 patches of {height} x {width} pixels; at most {most}"
         )
-    x = x[..., : rows * patch, : columns * patch]
+    x = torch.as_tensor(images)[..., : rows * patch, : columns * patch]
+    bar = tqdm(x.split(64), desc="NIQE", unit="batch", leave=False, delay=2)
+    features, sharpness = zip(*(_two_scales(255 * part.cpu().double(), patch) for part in bar))
+    return np.concatenate(features), np.concatenate(sharpness)
+
+
+def _two_scales(x, patch):
+    "Features and sharpness of a batch in 0..255"
     mirrored = torch.from_numpy(np.pad(x, ((0, 0), (0, 0), (4, 4), (4, 4)), mode="symmetric"))  # as in MATLAB
     half = F.interpolate(mirrored, scale_factor=0.5, mode="bicubic", antialias=True, align_corners=False)[
         ..., 2:-2, 2:-2
