@@ -151,6 +151,14 @@ def test_mscn_of_a_constant_image_is_zero():
     assert np.abs(coefficients).max() < 1e-4 and np.abs(deviation).max() < 1e-4
 
 
+@pytest.mark.cuda
+def test_images_on_a_gpu():
+    x, network = textured(40), FeatureNetwork(ImageEncoder("resnet10t", image_size=32), 32, "resnet10t")
+    on_cpu, on_gpu = image_vectors(network, x), image_vectors(network.cuda(), x.cuda())
+    assert np.allclose(on_cpu, on_gpu, atol=1e-3)
+    assert np.allclose(niqe(x.cuda(), fit_niqe(x.cuda(), 16)), niqe(x, fit_niqe(x, 16)))
+
+
 @pytest.mark.parametrize("options", [dict(niqe_patch=15), dict(niqe_patch=8), dict(recall_ks=[]), dict(fid_splits=0)])
 def test_options_are_checked(options):
     with pytest.raises(ConfigError):

@@ -105,7 +105,25 @@ def _keyword_marks(
     "The keywords in a report: those that are true in one look, others in another"
     return [(a, b, _TRUE if _find(word, truth) else _USED) for word in keywords for a, b in _find(word, text)]
 
-# %% ../../nbs/figures/12_cycle.ipynb #7ce5fb53
+# %% ../../nbs/figures/12_cycle.ipynb #ab7fd9fb
+def _boxed(e, n):
+    "The keywords whose patches are drawn"
+    return [word for word in dict.fromkeys(e["keywords"]) if word in e.get("boxes", {})][:n]
+
+
+def _keyword_words(e, n_boxes):
+    "The words of truth, written report and keywords, with their marks"
+    keywords, boxed = list(dict.fromkeys(e["keywords"])), _boxed(e, n_boxes)
+    reports = [_marked(e[k] or "(empty)", _keyword_marks(e[k], e["truth"], keywords)) for k in ("truth", "written")]
+    listed = []
+    for word in keywords[:_MOST]:
+        square = [("■ ", bool(listed), dict(color=_colour(boxed.index(word))))] if word in boxed else []
+        look = _TRUE if _find(word, e["truth"]) else _USED if _find(word, e["written"]) else {}
+        listed += [*square, (word, bool(listed) and not square, look), (",", False, {})]
+    more = [(f"and {len(keywords) - _MOST} more", True, {})] if len(keywords) > _MOST else []
+    return [*reports, listed[: None if more else -1] + more or [("(none)", False, {})]]
+
+# %% ../../nbs/figures/12_cycle.ipynb #f253da4f
 @figure_style()
 def plot_keywords(
     shown: list[dict],  # image [H,W] in 0..1, truth, written, keywords; boxes {keyword: x0, y0, x1, y1 in fractions}
@@ -132,24 +150,6 @@ def plot_keywords(
     legend_below(fig, handles)
     set_title(fig, title)
     return fig
-
-
-def _boxed(e, n):
-    "The keywords whose patches are drawn"
-    return [word for word in dict.fromkeys(e["keywords"]) if word in e.get("boxes", {})][:n]
-
-
-def _keyword_words(e, n_boxes):
-    "The words of truth, written report and keywords, with their marks"
-    keywords, boxed = list(dict.fromkeys(e["keywords"])), _boxed(e, n_boxes)
-    reports = [_marked(e[k] or "(empty)", _keyword_marks(e[k], e["truth"], keywords)) for k in ("truth", "written")]
-    listed = []
-    for word in keywords[:_MOST]:
-        square = [("■ ", bool(listed), dict(color=_colour(boxed.index(word))))] if word in boxed else []
-        look = _TRUE if _find(word, e["truth"]) else _USED if _find(word, e["written"]) else {}
-        listed += [*square, (word, bool(listed) and not square, look), (",", False, {})]
-    more = [(f"and {len(keywords) - _MOST} more", True, {})] if len(keywords) > _MOST else []
-    return [*reports, listed[: None if more else -1] + more or [("(none)", False, {})]]
 
 # %% ../../nbs/figures/12_cycle.ipynb #3fdfd28b
 @figure_style()
@@ -206,7 +206,7 @@ def _draw_keypatches(ax, patches, colours, n_patches=4):
             inset.set(xticks=[], yticks=[], anchor="NW")
             inset.spines[:].set(visible=True, color=colours[word], linewidth=1.5)
 
-# %% ../../nbs/figures/12_cycle.ipynb #1ad042e4
+# %% ../../nbs/figures/12_cycle.ipynb #229acacd
 def plot_real_synthetic(
     features: dict,  # {system: [N,D] of tasks.metrics.images.image_vectors}, of the same studies; "real" among them
     patient_ids,  # [N]
@@ -241,7 +241,7 @@ def _finding_marks(
     there = {name for name, value, *_ in mentions(other) if value == 1}
     return [(a, b, _KEPT if name in there else alone) for name, value, a, b in mentions(text) if value == 1]
 
-# %% ../../nbs/figures/12_cycle.ipynb #3d11c382
+# %% ../../nbs/figures/12_cycle.ipynb #99b72f66
 @figure_style()
 def plot_cycles(
     shown: list[dict],  # image and generated [H,W], keywords, written, second; keypatches as above; truth where known
@@ -266,7 +266,7 @@ def plot_cycles(
     set_title(fig, title)
     return fig
 
-
+# %% ../../nbs/figures/12_cycle.ipynb #989c34c3
 def _cycle_words(e, mentions):
     "The words of keywords, first and second report, findings marked"
     keywords = _marked(", ".join(dict.fromkeys(e["keywords"])) or "(none)", [])
