@@ -22,7 +22,6 @@ from medvlp.tasks.metrics.images import side_labels
 from medvlp.tasks.metrics.scores import TaskResult, save_results
 
 
-
 def textured(n, height=48, width=48, seed=0):
     "Smoothed noise in 0..1"
     x = torch.rand(n, 1, height + 8, width + 8, generator=torch.Generator().manual_seed(seed))
