@@ -259,23 +259,29 @@ def aggd(
     scale = np.sqrt(gamma(1 / alpha) / gamma(3 / alpha))
     return alpha, scale * left, scale * right
 
-# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #db0c40b4
+# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #29089ee7
 def niqe_features(
-    images,  # [N,1,H,W] in 0..1
+    images: Tensor,  # [N,1,H,W] in 0..1
     patch: int = 96,  # its side, in pixels
 ) -> tuple[
     np.ndarray, np.ndarray
 ]:  # [N,P,36], NaN for a patch without texture; sharpness [N,P], the mean local deviation
     "The features of the patches of each image, at two scales; ConfigError where an image has fewer than two patches"
-    x = 255 * torch.as_tensor(images).double()
-    rows, columns = (n // patch for n in x.shape[2:])
+    height, width = images.shape[2:]
+    rows, columns = height // patch, width // patch
     if rows * columns < 2:
-        height, width = x.shape[2:]
         most = min(height, width, max(height, width) // 2) // 2 * 2
         raise ConfigError(
             f"niqe_patch: {patch} leaves fewer than 2 patches of {height} x {width} pixels; at most {most}"
         )
-    x = x[..., : rows * patch, : columns * patch]
+    x = torch.as_tensor(images)[..., : rows * patch, : columns * patch]
+    bar = tqdm(x.split(64), desc="NIQE", unit="batch", leave=False, delay=2)
+    features, sharpness = zip(*(_two_scales(255 * part.cpu().double(), patch) for part in bar))
+    return np.concatenate(features), np.concatenate(sharpness)
+
+
+def _two_scales(x, patch):
+    "Features and sharpness of a batch in 0..255"
     mirrored = torch.from_numpy(np.pad(x, ((0, 0), (0, 0), (4, 4), (4, 4)), mode="symmetric"))  # as in MATLAB
     half = F.interpolate(mirrored, scale_factor=0.5, mode="bicubic", antialias=True, align_corners=False)[
         ..., 2:-2, 2:-2
@@ -284,7 +290,7 @@ def niqe_features(
     features = [_patch_features(_patches(v, p)) for v, p in ((full, patch), (small, patch // 2))]
     return np.concatenate(features, -1), _patches(deviation, patch).mean((-1, -2))
 
-
+# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #3741f6bb
 def _patches(x, p):
     "[N,H,W] to [N,P,p,p]"
     N, H, W = x.shape
@@ -301,7 +307,7 @@ def _patch_features(x):
         features += [alpha, (right - left) * gamma(2 / alpha) / gamma(1 / alpha), left, right]
     return np.stack(features, -1)
 
-# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #0dcc9aae
+# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #a32a7946
 class NiqeModel(NamedTuple):
     "What good images look like to NIQE"
 
@@ -326,7 +332,7 @@ def fit_niqe(
     name = f"in-domain NIQE, fitted on {len(chosen)} patches of {patch} pixels of {len(images)} real training images"
     return NiqeModel(chosen.mean(0), np.cov(chosen.T), patch, name)
 
-
+# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #e84a114c
 def niqe(
     images,  # [N,1,H,W] in 0..1
     model: NiqeModel,
@@ -452,7 +458,7 @@ def fit_finding_probe(
     thresholds = np.array([best_threshold(y, s) for y, s in zip(known.T, logits.T)])
     return FindingProbe(names, probes, thresholds, "threshold of the best F1 on validation images")
 
-# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #c896093f
+# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #d79f8dc7
 _PROBE_MEASURES = ["finding AUROC", "finding accuracy", "finding balanced accuracy"]
 
 
@@ -465,7 +471,7 @@ def _probe_statistics(labels, logits, answers, usable, counts=None):
     )
     return with_macro(np.stack([area, accuracy, (sensitivity + specificity) / 2], -2), usable)
 
-
+# %% ../../../nbs/9_tasks/metrics/04_images.ipynb #00efac44
 def image_findings(
     probe: FindingProbe,
     systems: dict,  # {system: [N,D] features}, one image for each study
