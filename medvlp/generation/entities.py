@@ -76,7 +76,7 @@ def _read_lexicon(file):
             raise ConfigError(f'{file}: there is no group "{group}": {did_you_mean(group, GROUPS)}')
     return table
 
-# %% ../../nbs/6_generation/06_entities.ipynb #d711d8ea
+# %% ../../nbs/6_generation/06_entities.ipynb #1dcfa472
 class Tagger:
     "Finds entities with a token-classification model of transformers"
 
@@ -98,7 +98,7 @@ class Tagger:
         labels = {label.split("-", 1)[-1].lower() for label in model.config.id2label.values()}
         if not labels & set(GROUPS):
             raise ConfigError(f"recogniser {name!r}: its labels are {', '.join(sorted(labels))}; none is of {GROUPS}")
-        longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+        longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
         tokenizer.model_max_length = longest
         self._pipeline = pipeline(
             "token-classification",
