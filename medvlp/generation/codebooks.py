@@ -74,7 +74,7 @@ class Codebook(nn.Module):
     def __len__(self):
         return len(self.table)
 
-# %% ../../nbs/6_generation/07_codebooks.ipynb #9d3e3969
+# %% ../../nbs/6_generation/07_codebooks.ipynb #5c7715d2
 @patch
 def save(
     self: Codebook,
@@ -105,7 +105,7 @@ def load(
         problem = f"{path}.*: this is no whole {cls.name} codebook: {' '.join(str(e).split())[:200]}"
         raise ConfigError(f"{problem}: run the codebook stage (again)") from None
 
-
+# %% ../../nbs/6_generation/07_codebooks.ipynb #22bd7945
 @patch
 def check(
     self: Codebook,
@@ -207,7 +207,7 @@ class VisualCodebook(Codebook):
         "The keypatches of each report"
         return self.match(words, mask).numbers
 
-# %% ../../nbs/6_generation/07_codebooks.ipynb #d93246a3
+# %% ../../nbs/6_generation/07_codebooks.ipynb #e1bbf120
 class KeypatchCollector:
     "Collects the keypatches of the best pairs, in memory that does not grow with the number of pairs"
 
