@@ -233,7 +233,7 @@ def _text_codebook(model, tokenizer, table, context, moments, facts):
     statistics = {name: x.cpu() for name, x in moments.of(features.to(model.device)).items()}
     return TextCodebook(table, facts, features=features, **statistics)
 
-# %% ../../nbs/9_tasks/11_codebook.ipynb #b6875175
+# %% ../../nbs/9_tasks/11_codebook.ipynb #69278872
 def load_codebooks(
     folder: str | Path,  # of `codebook`
     model,  # the method that they were made with
@@ -245,7 +245,7 @@ def load_codebooks(
         book.check(weights)
     return tuple(books)
 
-
+# %% ../../nbs/9_tasks/11_codebook.ipynb #d25c99b3
 @torch.inference_mode()
 def image_keywords(
     model,
