@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..losses.ops import BLOCK
 from ..project.config import ConfigError
 
-# %% ../../nbs/6_generation/07_codebooks.ipynb #6226136e
+# %% ../../nbs/6_generation/07_codebooks.ipynb #896ff4d3
 class Matches(NamedTuple):
     "Entries of a codebook, the best first; where there are fewer than M, the number is -1 and the score -inf"
 
@@ -38,12 +38,12 @@ def _match(
     std: Tensor | float = 1.0,  # [K], divides them
 ) -> Matches:
     "The entries that tokens match best, merged and ranked"
-    (_, T, _), K = tokens.shape, len(features)
-    found = []
-    for i in torch.arange(len(tokens)).split(max(1, BLOCK // (T * K))):
-        scores = (F.normalize(tokens[i].float(), dim=-1) @ features.T - mean) / std
-        if mask is not None:
-            scores = scores.masked_fill(~mask[i][..., None], -torch.inf)
+    K, found = len(features), []
+    mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
+    at_once = max(1, BLOCK // (tokens.shape[1] * K))
+    for part, real in zip(tokens.split(at_once), mask.split(at_once)):
+        scores = (F.normalize(part.float(), dim=-1) @ features.T - mean) / std
+        scores = scores.masked_fill(~real[..., None], -torch.inf)
         worst = scores.topk(min(each, K)).values[..., -1:]
         merged, token = scores.masked_fill(scores < worst, -torch.inf).max(1)
         best, number = merged.topk(min(most, K))
@@ -74,7 +74,7 @@ class Codebook(nn.Module):
     def __len__(self):
         return len(self.table)
 
-# %% ../../nbs/6_generation/07_codebooks.ipynb #9d3e3969
+# %% ../../nbs/6_generation/07_codebooks.ipynb #5c7715d2
 @patch
 def save(
     self: Codebook,
@@ -105,7 +105,7 @@ def load(
         problem = f"{path}.*: this is no whole {cls.name} codebook: {' '.join(str(e).split())[:200]}"
         raise ConfigError(f"{problem}: run the codebook stage (again)") from None
 
-
+# %% ../../nbs/6_generation/07_codebooks.ipynb #22bd7945
 @patch
 def check(
     self: Codebook,
@@ -207,7 +207,7 @@ class VisualCodebook(Codebook):
         "The keypatches of each report"
         return self.match(words, mask).numbers
 
-# %% ../../nbs/6_generation/07_codebooks.ipynb #d93246a3
+# %% ../../nbs/6_generation/07_codebooks.ipynb #e1bbf120
 class KeypatchCollector:
     "Collects the keypatches of the best pairs, in memory that does not grow with the number of pairs"
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUPS', 'Entity', 'Lexicon', 'Tagger', 'load_recogniser', 'count_entities', 'asserted']
 
-# %% ../../nbs/6_generation/06_entities.ipynb #04ea1218
+# %% ../../nbs/6_generation/06_entities.ipynb #9b0204f8
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 import pandas as pd
 import yaml
+from fastcore.basics import patch
 from ..data.labeller import Labeller
 from ..data.tokens import resolve_name
 from ..project.config import ConfigError, did_you_mean
@@ -76,7 +77,7 @@ def _read_lexicon(file):
             raise ConfigError(f'{file}: there is no group "{group}": {did_you_mean(group, GROUPS)}')
     return table
 
-# %% ../../nbs/6_generation/06_entities.ipynb #d711d8ea
+# %% ../../nbs/6_generation/06_entities.ipynb #9c814678
 class Tagger:
     "Finds entities with a token-classification model of transformers"
 
@@ -98,7 +99,7 @@ class Tagger:
         labels = {label.split("-", 1)[-1].lower() for label in model.config.id2label.values()}
         if not labels & set(GROUPS):
             raise ConfigError(f"recogniser {name!r}: its labels are {', '.join(sorted(labels))}; none is of {GROUPS}")
-        longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+        longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
         tokenizer.model_max_length = longest
         self._pipeline = pipeline(
             "token-classification",
@@ -110,21 +111,23 @@ class Tagger:
         )
         self.min_score, self.batch_size = min_score, batch_size
 
-    def __call__(
-        self,
-        texts: list[str],  # N reports
-    ) -> list[list[Entity]]:  # N lists, in the order of the text
-        "The entities of each text"
-        real = [i for i, text in enumerate(texts) if text.strip()]
-        found = self._pipeline([texts[i] for i in real], batch_size=self.batch_size) if real else []
-        entities = [[] for _ in texts]
-        for i, tagged in zip(real, found):
-            for t in tagged:
-                group, score, (start, end) = t["entity_group"].lower(), float(t["score"]), _whole_words(texts[i], t)
-                apart = not entities[i] or start >= entities[i][-1].end
-                if group in GROUPS and score >= self.min_score and apart:
-                    entities[i].append(_entity(texts[i], start, end, group, score))
-        return entities
+# %% ../../nbs/6_generation/06_entities.ipynb #f936b28e
+@patch
+def __call__(
+    self: Tagger,
+    texts: list[str],  # N reports
+) -> list[list[Entity]]:  # N lists, in the order of the text
+    "The entities of each text"
+    real = [i for i, text in enumerate(texts) if text.strip()]
+    found = self._pipeline([texts[i] for i in real], batch_size=self.batch_size) if real else []
+    entities = [[] for _ in texts]
+    for i, tagged in zip(real, found):
+        for t in tagged:
+            group, score, (start, end) = t["entity_group"].lower(), float(t["score"]), _whole_words(texts[i], t)
+            apart = not entities[i] or start >= entities[i][-1].end
+            if group in GROUPS and score >= self.min_score and apart:
+                entities[i].append(_entity(texts[i], start, end, group, score))
+    return entities
 
 
 def _whole_words(text, tagged):

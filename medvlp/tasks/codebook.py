@@ -78,7 +78,7 @@ class CodebookOptions(Options):
 
 _BASELINES = ["random", "frequent", "shuffled"]
 
-# %% ../../nbs/9_tasks/11_codebook.ipynb #362fa0bc
+# %% ../../nbs/9_tasks/11_codebook.ipynb #820fe9af
 class Pairs(NamedTuple):
     "A batch of images and reports in a method's joint space"
 
@@ -100,7 +100,7 @@ def _check_method(model):
         remedy = "choose one with a head for patches and words, such as adamatch"
         raise ConfigError(f"codebook: method {model.name} does not place patches and words in one space: {remedy}")
 
-
+# %% ../../nbs/9_tasks/11_codebook.ipynb #cf9a7bca
 @torch.inference_mode()
 def token_pairs(
     model,
@@ -180,7 +180,7 @@ def _alone(model, tokenizer, entities, options):
     means = [(F.normalize(w.float(), dim=-1) * m[..., None]).sum(1) / m.sum(1, keepdim=True) for w, m in parts]
     return torch.cat(means).cpu()
 
-# %% ../../nbs/9_tasks/11_codebook.ipynb #5c37ee47
+# %% ../../nbs/9_tasks/11_codebook.ipynb #e42a27ef
 def build_codebooks(
     model,
     tokenizer,  # a loaded method that aligns patches with words, and its tokenizer
@@ -205,10 +205,9 @@ def build_codebooks(
         named = [[_word_at(text, *span) for span in places] for text, places in zip(texts[part], spans)]
         moments.add(pairs.patches)
         context.add(texts[part], spans, pairs.words)
-        order = (pairs.patches, pairs.boxes, pairs.words, pairs.mask, pairs.images)
-        collector.add(*order, train[part]["study_id"], named)
+        collector.add(**pairs._asdict(), study_ids=train[part]["study_id"], texts=named)
     facts = dict(weights=hash_weights(model), method=model.name, data=train._fingerprint, pairs=len(train))
-    facts["options"] = options.model_dump()
+    facts |= dict(options=options.model_dump())
     return _text_codebook(model, tokenizer, table, context, moments, facts), collector.codebook(facts)
 
 # %% ../../nbs/9_tasks/11_codebook.ipynb #a0e38de1
@@ -234,7 +233,7 @@ def _text_codebook(model, tokenizer, table, context, moments, facts):
     statistics = {name: x.cpu() for name, x in moments.of(features.to(model.device)).items()}
     return TextCodebook(table, facts, features=features, **statistics)
 
-# %% ../../nbs/9_tasks/11_codebook.ipynb #b6875175
+# %% ../../nbs/9_tasks/11_codebook.ipynb #69278872
 def load_codebooks(
     folder: str | Path,  # of `codebook`
     model,  # the method that they were made with
@@ -246,7 +245,7 @@ def load_codebooks(
         book.check(weights)
     return tuple(books)
 
-
+# %% ../../nbs/9_tasks/11_codebook.ipynb #d25c99b3
 @torch.inference_mode()
 def image_keywords(
     model,
