@@ -216,5 +216,34 @@ def test_every_token_is_decoded_and_none_beyond(first, folder):
     assert config["model_type"] == "medvlp_vqgan" and config["n_codes"] == 16
 
 
+def fit_only(folder):
+    "A few steps, alone or as one of several processes; the weights go to FOLDER/PROCESSES.pt"
+    from medvlp.data.prepare import load_studies
+    from medvlp.generation.vqgan import build_vqgan
+    from medvlp.project.config import ComputeOptions
+    from medvlp.tasks.vqgan import VqganOptions
+    from medvlp.training.alternating import fit_vqgan
+
+    options = VqganOptions(**SIZES | TRAINING | dict(steps=6, gan_start=2))
+    compute = ComputeOptions(device="cpu", precision="fp32")
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    studies = load_studies(Path(folder) / "prepared", "train")
+    model = fit_vqgan(build_vqgan(options), studies, options, compute=compute, checkpoints=Path(folder) / "fit")
+    if os.environ.get("RANK", "0") == "0":
+        torch.save(model.state_dict(), Path(folder) / f"{os.environ.get('WORLD_SIZE', '1')}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_weights_of_one(folder):
+    fit_only(folder)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | dict(PYTHONPATH=f"{HERE.parent}{os.pathsep}{HERE}", OMP_NUM_THREADS="1")
+    subprocess.run([*command, __file__, folder], env=environment, check=True, timeout=300)
+    one, two = (torch.load(folder / f"{n}.pt") for n in (1, 2))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4)
+
+
 if __name__ == "__main__":
-    train(*sys.argv[1:])
+    (train if len(sys.argv) > 2 else fit_only)(*sys.argv[1:])

@@ -239,7 +239,7 @@ def _accelerator(compute, seed):
     half = resolve_precision(compute.precision, device) == "bf16"
     return Accelerator(mixed_precision="bf16" if half else "no", cpu=device == "cpu")
 
-# %% ../../nbs/8_training/03_alternating.ipynb #d8b53473
+# %% ../../nbs/8_training/03_alternating.ipynb #51e481cc
 def _stack(items):
     return torch.stack([item["image"] for item in items])
 
@@ -253,10 +253,11 @@ def _stream(items, alternation, workers):
     "Batches of images from the training's step on, epoch by epoch"
     a, n = alternation, len(items)
     per_epoch = _per_epoch(n, a.options)
-    place = slice(a.accelerator.process_index, None, a.accelerator.num_processes)
+    part = min(n, a.options.batch_size) // a.accelerator.num_processes
+    first = part * a.accelerator.process_index
     for epoch in range(a.step // per_epoch, 1 + a.options.steps // per_epoch):
         batches = epoch_batches(n, a.options.batch_size, a.seed, epoch)[a.step % per_epoch :]
-        mine = [batch[place] for batch in batches]
+        mine = [batch[first : first + part] for batch in batches]
         pin = a.accelerator.device.type == "cuda"
         yield from DataLoader(items, batch_sampler=mine, collate_fn=_stack, num_workers=workers, pin_memory=pin)
 
