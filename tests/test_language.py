@@ -196,7 +196,7 @@ def test_killed_training_resumes_to_equal_weights(whole, tmp_path):
 def draw(folder, batch_size=10):
     torch.set_num_threads(1)
     how = dict(decoding=Decoding(temperature=1.0, seed=4), batch_size=batch_size)
-    return untrained().draw_images(studies(2000, 5).reports, parts=folder / "images.jsonl", **how)
+    return untrained().draw_images(studies(600, 5).reports, parts=folder / "images.jsonl", **how)
 
 
 def test_killed_generation_goes_on(tmp_path, monkeypatch):
@@ -207,10 +207,10 @@ def test_killed_generation_goes_on(tmp_path, monkeypatch):
 
     kill("draw", tmp_path, lambda: lines() > 5)
     done, calls, generate = lines(), [], Bidirectional.generate
-    assert 5 < done < 200
+    assert 5 < done < 60
     monkeypatch.setattr(Bidirectional, "generate", lambda *args: calls.append(1) or generate(*args))
     drawn = draw(tmp_path)
-    assert 200 - done <= len(calls) <= 202 - done
+    assert 60 - done <= len(calls) <= 62 - done
     assert torch.equal(drawn, draw(tmp_path / "elsewhere"))
 
 

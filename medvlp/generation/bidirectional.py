@@ -168,7 +168,7 @@ def build_bidirectional(
     model.config.max_report_tokens = 1 + max(map(len, model.instructions.texts(reports)), default=0)
     return model
 
-# %% ../../nbs/6_generation/09_bidirectional.ipynb #090cb497
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #01320128
 def _published(name):
     "A causal language model and its tokenizer; ConfigError where they are not at hand"
     logging.disable_progress_bar()
@@ -196,6 +196,8 @@ def _small(options, vocab, stop):
         hidden_dropout=options.dropout,
         attention_dropout=options.dropout,
         max_position_embeddings=options.context,
+        initializer_range=options.hidden_size**-0.5,  # 0.02 is meant for a width of some thousands
+        tie_word_embeddings=True,  # a keyword that is read is a word that can be written
         bos_token_id=stop,
         eos_token_id=stop,
     )
