@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Matches', 'Codebook', 'PatchMoments', 'TextCodebook', 'word_maxima', 'VisualCodebook', 'KeypatchCollector', 'crop']
 
-# %% ../../nbs/6_generation/07_codebooks.ipynb #55978de0
+# %% ../../nbs/6_generation/07_codebooks.ipynb #4097ca40
 import json
 from pathlib import Path
 from typing import NamedTuple
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ..losses.ops import BLOCK
 from ..project.config import ConfigError
 
-# %% ../../nbs/6_generation/07_codebooks.ipynb #896ff4d3
+# %% ../../nbs/6_generation/07_codebooks.ipynb #f359de8d
 class Matches(NamedTuple):
     "Entries of a codebook, the best first; where there are fewer than M, the number is -1 and the score -inf"
 
@@ -32,6 +33,7 @@ def _match(
     tokens: Tensor,  # [B,T,d]
     features: Tensor,  # [K,d] of the entries
     mask: Tensor | None,  # [B,T] bool, True where a real token stands; None: all are real
+    left_out: Tensor | None,  # [B,K] bool, entries that cannot match; None: none
     each: int,  # entries that each token keeps
     most: int,  # M, entries at most
     mean: Tensor | float = 0.0,  # [K], subtracted from the scores of each entry
@@ -40,10 +42,11 @@ def _match(
     "The entries that tokens match best, merged and ranked"
     K, found = len(features), []
     mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
+    left_out = mask.new_zeros(len(tokens), 1) if left_out is None else left_out
     at_once = max(1, BLOCK // (tokens.shape[1] * K))
-    for part, real in zip(tokens.split(at_once), mask.split(at_once)):
+    for part, real, other in zip(*(x.split(at_once) for x in (tokens, mask, left_out))):
         scores = (F.normalize(part.float(), dim=-1) @ features.T - mean) / std
-        scores = scores.masked_fill(~real[..., None], -torch.inf)
+        scores = scores.masked_fill(~real[..., None] | other[:, None], -torch.inf)
         worst = scores.topk(min(each, K)).values[..., -1:]
         merged, token = scores.masked_fill(scores < worst, -torch.inf).max(1)
         best, number = merged.topk(min(most, K))
@@ -141,7 +144,7 @@ class PatchMoments:
         square = ((e @ (self.products / self.n)) * e).sum(1)
         return dict(mean=mean.float(), std=(square - mean**2).clamp(min=1e-12).sqrt().float())
 
-# %% ../../nbs/6_generation/07_codebooks.ipynb #97c22324
+# %% ../../nbs/6_generation/07_codebooks.ipynb #bb6d3249
 class TextCodebook(Codebook):
     "Entities of the training reports, with their features; gives the keywords of images"
 
@@ -154,7 +157,7 @@ class TextCodebook(Codebook):
         "The keywords of each image, with scores and the patches that they matched best (Sec. 3.2.1)"
         o = self.facts["options"]
         relative = dict(mean=self.mean, std=self.std) if o["ranking"] == "relative" else {}
-        return _match(patches, self.features, None, o["kappa1"], o["n_keywords"], **relative)
+        return _match(patches, self.features, None, None, o["kappa1"], o["n_keywords"], **relative)
 
     def words(
         self,
@@ -184,7 +187,7 @@ def word_maxima(
     chosen = F.one_hot(patch, patches.shape[1]).bool() & mask[..., None]
     return score.nan_to_num(-torch.inf), *cosines.masked_fill(~chosen, -torch.inf).max(1)
 
-# %% ../../nbs/6_generation/07_codebooks.ipynb #d81a2392
+# %% ../../nbs/6_generation/07_codebooks.ipynb #3fafb211
 class VisualCodebook(Codebook):
     "Patches of training images that words matched best; gives the keypatches of reports"
 
@@ -194,10 +197,12 @@ class VisualCodebook(Codebook):
         self,  # table: study_id, word, score, pair_score; features [K,d], boxes [K,4], pixels [K,S,S] uint8
         words: Tensor,  # [B,L,d] in the joint space, of any length
         mask: Tensor,  # [B,L] bool, True for real words
+        study_ids: list[str] | None = None,  # [B], whose own patches are left out; None: none
     ) -> Matches:  # [B,M], M = n_keypatches or all there are
         "The keypatches of each report, with scores and the words that they matched best (Sec. 3.2.2)"
-        o = self.facts["options"]
-        return _match(words, self.features, mask, o["kappa4"], o["n_keypatches"])
+        o, sources = self.facts["options"], self.table.study_id.to_numpy()
+        own = None if study_ids is None else torch.from_numpy(np.asarray(study_ids)[:, None] == sources).to(mask.device)
+        return _match(words, self.features, mask, own, o["kappa4"], o["n_keypatches"])
 
     def keypatches(
         self,

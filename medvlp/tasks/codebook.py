@@ -276,7 +276,7 @@ def report_keypatches(
     reading = (book.facts["options"]["max_tokens"], batch_size)
     return torch.cat([book.keypatches(*part) for part in text_tokens(model, tokenizer, reports, *reading)])
 
-# %% ../../nbs/9_tasks/11_codebook.ipynb #778ebace
+# %% ../../nbs/9_tasks/11_codebook.ipynb #00ce8946
 def study_hints(
     model,
     tokenizer,
@@ -288,10 +288,11 @@ def study_hints(
 ) -> pd.DataFrame:  # a row for each study, in order; lists in the columns of keywords and keypatches
     "Keywords of every image, keypatches of every report; a study without a report has none of the latter"
     rows, reports = [], [report_text(s, options.sections) for s in studies.select_columns(["findings", "impression"])]
+    study_ids = studies["study_id"][:]
     for pairs in token_pairs(model, tokenizer, studies, options, workers):
-        words, patches = text.match(pairs.patches), visual.match(pairs.words, pairs.mask)
-        part = reports[len(rows) : len(rows) + len(pairs.patches)]
-        spans = token_spans(model, tokenizer, part, options.max_tokens)
+        here = slice(len(rows), len(rows) + len(pairs.patches))
+        spans = token_spans(model, tokenizer, part := reports[here], options.max_tokens)
+        words, patches = text.match(pairs.patches), visual.match(pairs.words, pairs.mask, study_ids[here])
         for i, (keywords, report, places) in enumerate(zip(text.words(words), part, spans)):
             a, b = len(keywords), int((patches.numbers[i] >= 0).sum())
             row = dict(keywords=keywords, keyword_scores=words.scores[i, :a].tolist())

@@ -505,7 +505,7 @@ def cycle_results(
         cycle=TaskResult(measures.image_scores(kept, "cycle"), kept, headline={"finding F1": "cycle: finding F1"}),
     )
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #50d1a906
+# %% ../../nbs/9_tasks/12_cycle.ipynb #8ad59fe7
 @torch.inference_mode()
 def cycle_examples(
     cyclic: Cyclic,
@@ -520,7 +520,7 @@ def cycle_examples(
     views = StudyDataset(studies, eval_transform(cyclic.method.config.image["image_size"]))
     images = torch.stack([views[i]["image"] for i in range(len(studies))])
     drawn, redrawn = (cyclic.decode(made.tokens[name][:n]) for name in ("drawn", "redrawn"))
-    (_, seen), (patches, there) = _patches(cyclic.method, images), _patches(cyclic.method, drawn)
+    patches, there = _patches(cyclic.method, drawn)
     found = []
     for i, row in enumerate(made.texts.head(n).to_dict("records")):
         numbers = list(row["keypatches"])
@@ -529,7 +529,7 @@ def cycle_examples(
         example = dict(image=images[i, 0].numpy(), real=images[i, 0].numpy(), generated=drawn[i, 0].numpy())
         example |= dict(report=row["truth"], truth=row["truth"], written=row["written"], second=row["rewritten"])
         example |= dict(keywords=list(row["keywords"]), redrawn=redrawn[i, 0].numpy())
-        example["boxes"] = dict(zip(row["keywords"], seen[i][list(own.keyword_patches.iloc[i])].tolist()))
+        example["boxes"] = dict(zip(own.keywords.iloc[i], own.keyword_boxes.iloc[i]))
         example["keypatches"] = list(zip(words, cyclic.patches.pixels[numbers].numpy() / 255))
         example["regions"] = dict(zip(words, there[i][alike.argmax(1)].tolist())) if numbers else {}
         found.append(example)
