@@ -21,6 +21,7 @@ WORDS = "no small large left right effusion opacity heart lung clear normal enla
 WAYS = dict(
     greedy=Decoding(max_tokens=12),
     beams=Decoding(beams=4, max_tokens=12),
+    no_repeat=Decoding(no_repeat=2, max_tokens=12),
     sampling=Decoding(temperature=1.5, seed=1, max_tokens=12),
     nucleus=Decoding(temperature=1.0, top_k=50, top_p=0.9, max_tokens=12),
 )

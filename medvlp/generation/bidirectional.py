@@ -227,7 +227,7 @@ def check_tokenizer(
         remedy = "use the VQ-GAN that the language model was trained with, or train it again"
         raise ConfigError(f"the VQ-GAN has {', and '.join(problems)}, which the language model knows; {remedy}")
 
-# %% ../../nbs/6_generation/09_bidirectional.ipynb #b05fe80e
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #2a3a7c00
 class Decoding(Options):
     "How tokens are chosen"
 
@@ -239,6 +239,9 @@ class Decoding(Options):
     beams: PositiveInt = Field(1, description="of the search for the likeliest sequence; 1: greedy")
     length_penalty: float = Field(1.0, description="of beams: above 1 favours long reports")
     max_tokens: NonNegativeInt = Field(0, description="of a report; 0: as many as the longest training report")
+    no_repeat: NonNegativeInt = Field(
+        0, description="of a report: no sequence of so many tokens is written twice, as small models do; 0: it may be"
+    )
     seed: int = Field(0, ge=0, description="of sampling")
 
     @model_validator(mode="after")
@@ -270,7 +273,7 @@ class AddressedNoise(LogitsProcessor):
         waits = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.generators])
         return scores - waits.clamp(min=1e-30).log().to(scores.device)
 
-# %% ../../nbs/6_generation/09_bidirectional.ipynb #23f890af
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #faa481eb
 def _processors(allowed, decoding, rows):
     "What happens to the logits before the likeliest token is taken"
     steps = [OnlyAllowed(allowed)]
@@ -309,6 +312,7 @@ def generate(
             eos_token_id=stop,
             pad_token_id=pad,
             renormalize_logits=decoding.beams > 1,
+            no_repeat_ngram_size=decoding.no_repeat if stop is not None else 0,  # an image may repeat itself
             **numbers,
         ),
         logits_processor=_processors(allowed, decoding, rows),
