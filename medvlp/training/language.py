@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LanguageOptions', 'Pairs', 'train_language']
 
-# %% ../../nbs/8_training/04_language.ipynb #34d7ab61
+# %% ../../nbs/8_training/04_language.ipynb #d0b1c690
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ from transformers import set_seed
 from ..generation.bidirectional import Bidirectional, Decoding, LanguageModelOptions, build_bidirectional
 from ..generation.instructions import InstructionPairs, PairCollate
 from ..project.config import ComputeOptions, Fraction
-from .downstream import DownstreamOptions, fit
+from .downstream import FitOptions, fit
 
-# %% ../../nbs/8_training/04_language.ipynb #8341194f
-class LanguageOptions(LanguageModelOptions, DownstreamOptions):
+# %% ../../nbs/8_training/04_language.ipynb #44f5353e
+class LanguageOptions(LanguageModelOptions, FitOptions):
     "The language model, how it is trained, and how it writes and draws"
 
     epochs: PositiveInt = Field(5, description="passes over the training studies; each is followed by an evaluation")
@@ -29,9 +29,6 @@ class LanguageOptions(LanguageModelOptions, DownstreamOptions):
     weight_decay: NonNegativeFloat = Field(0.01, description="of AdamW, on matrices; biases and scales have none")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="longer gradients are shortened to this norm; 0: never")
     unconditional: Fraction = Field(0.0, description="fraction of images that are learnt without a report")
-    encoder_learning_rate: float = Field(0.0, ge=0, le=0, description="unused: there is no encoder")
-    degrees: float = Field(0.0, ge=0, le=0, description="unused: image tokens cannot be rotated")
-    contrast: float = Field(0.0, ge=0, le=0, description="unused: image tokens have no contrast")
     write: Decoding = Field(Decoding(), description="how reports are written")
     draw: Decoding = Field(Decoding(temperature=1.0), description="how images are drawn")
 
