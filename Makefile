@@ -40,7 +40,7 @@ test: install ## style, the notebooks' own tests, pytest; FLAGS="slow cuda" adds
 	ruff check --quiet nbs tests
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print $(if $(FLAGS),--flags "$(FLAGS)") 2>&1 | tee .nbdev_test.log; test $${PIPESTATUS[0]} -eq 0
 	@grep -q '^Starting' .nbdev_test.log || { echo "nbdev_test tested nothing"; exit 1; }
-	python -m pytest -q tests $(FLAGS:%=--%)
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile tests $(FLAGS:%=--%)
 
 lab: install ## JupyterLab, on the notebooks
 	jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root)

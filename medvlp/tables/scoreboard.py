@@ -20,7 +20,7 @@ from ..tasks.equal import EQUAL
 from ..tasks.metrics.intervals import Estimate, has_few
 from ..tasks.metrics.scores import SCORES, load_scores, save_metrics
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #422ae7a7
+# %% ../../nbs/tables/00_scoreboard.ipynb #f43861ac
 TaskMetric = Annotated[list[str], Field(min_length=2, max_length=2)]
 METRICS = [
     ["probe", "AUROC 1 %"],
@@ -38,6 +38,10 @@ METRICS = [
     ["report", "finding F1 over nearest"],
     ["report", "CIDEr"],
     ["answer", "accuracy"],
+    ["codebook", "keyword F1"],
+    ["cycle_report", "finding F1"],
+    ["cycle_image", "finding AUROC macro"],
+    ["cycle", "finding F1"],
 ]
 
 
@@ -47,7 +51,9 @@ class ScoreboardOptions(Options):
     metrics: Annotated[list[TaskMetric], Field(min_length=1)] = Field(
         METRICS, description="columns in their order, each [task, metric]"
     )
-    lower_is_better: list[str] = Field(["pixel error", "FID"], description="metrics whose lowest value is the best")
+    lower_is_better: list[str] = Field(
+        ["pixel error", "FID", "NIQE"], description="metrics whose lowest value is the best"
+    )
     baseline: str = Field("untrained", description="the method in the first row, where there is one of that name")
     alpha: Fraction = Field(0.05, description="significance level of the paired t-test that prints a value in bold")
     digits: NonNegativeInt = Field(2, description="decimal places")
@@ -146,10 +152,11 @@ def mark_best(
     winner = np.array([best[tuple(key)] == method for *key, method in keys], bool)
     return summary.assign(best=winner & ~(above <= 0))  # also where there is no chance
 
-# %% ../../nbs/tables/00_scoreboard.ipynb #78c68e1b
+# %% ../../nbs/tables/00_scoreboard.ipynb #d4340d14
 GROUPS = {  # heading: tasks
     "Frozen encoders": ["probe", "retrieval", "zero_shot", "pointing", "reconstruction"],
-    "Fine-tuned models": ["finetune", "report", "answer", "detect", "segment", "synthesise"],
+    "Fine-tuned models": ["finetune", "report", "answer", "detect", "segment"],
+    "Cyclic generation": ["vqgan", "codebook", "cycle_report", "cycle_image", "cycle"],
 }
 
 

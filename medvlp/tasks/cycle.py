@@ -436,7 +436,7 @@ def cycle(
     made.save(output)
     return cycle_results(cyclic, parts, material, made, options, output, seed)
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #29fbc3dc
+# %% ../../nbs/9_tasks/12_cycle.ipynb #b36fed66
 def cycle_results(
     cyclic: Cyclic,
     parts: dict,  # {"train", "val", "test"} of studies with reports
@@ -455,6 +455,8 @@ def cycle_results(
     again = (truth, truth, made.texts.rewritten.tolist(), texts.patient_id)
     kept = measures.cycle_findings(*again, labeller, options.findings, **how)
     kept = kept[~kept.system.str.startswith("first")].reset_index(drop=True)
+    chance = kept[kept.system == "shuffled"].set_index(["measure", "label"]).value
+    kept["chance"] = [0.0 if " over " in r.system else chance[r.measure, r.label] for r in kept.itertuples()]
     return dict(
         cycle_report=TaskResult(
             report_scores(reports), reports, headline={"finding F1": "cycle: finding F1 of reports"}
