@@ -53,6 +53,13 @@ AMF = dict(
         "amf-fused": dict(epochs=1),
     },
 )
+CYCLE = dict(
+    vqgan=dict(image_size=64, channels=[8] * 5, layers=1, groups=4, n_codes=8, code_dim=4, steps=4, gan_start=2),
+    codebook=dict(kappa2=4, patch_pixels=16, n_resamples=20),
+    language=dict(name="", text_vocab=0, hidden_size=32, layers=1, epochs=1, context=256, bpe_vocab=300),
+    compare=dict(niqe_patch=16, fid_splits=2, n_resamples=20),
+    n_resamples=20,
+)
 OWN_SIZES = {  # of each
     "mgca": dict(
         pretrain=dict(image_encoder=dict(options=VIT)),
@@ -77,6 +84,11 @@ OWN_SIZES = {  # of each
     "adamatch": dict(
         pretrain=dict(image_encoder=dict(options=PVT)),
         methods=dict(adamatch=dict(options=dict(dim=24))),
+    ),
+    "cyclic": dict(
+        pretrain=dict(image_encoder=dict(options=PVT)),
+        methods=dict(adamatch=dict(options=dict(dim=24))),
+        tasks=dict(cycle=CYCLE),
     ),
     "amf": AMF,
     "mimic-cxr": dict(pretrain=dict(image_encoder=dict(options=RESNET))),

@@ -7,7 +7,7 @@ __all__ = ['CycleOptions', 'Cyclic', 'encode_patches', 'Material', 'collect', 'r
            'compare_drawn', 'made_images', 'feature_network', 'test_studies', 'cycle', 'cycle_results',
            'cycle_examples']
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #a8e4aad4
+# %% ../../nbs/9_tasks/12_cycle.ipynb #0af2107c
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 import pandas as pd, torch
@@ -24,7 +24,7 @@ from ..generation.bidirectional import Bidirectional
 from ..generation.reader import patch_boxes
 from ..generation.vqgan import VQGAN, image_transform
 from ..methods.base import load_method
-from ..project.config import ComputeOptions
+from ..project.config import ComputeOptions, ConfigError
 from .codebook import CodebookOptions, image_keywords, load_codebooks, read_hints, report_keypatches
 from .embed import image_features
 from .metrics import images as measures
@@ -302,7 +302,7 @@ def go_round(
     texts = dict(truth=test.reports, written=written, rewritten=rewritten, keywords=test.keywords, drawn_keywords=words)
     return Round(pd.DataFrame(texts | dict(keypatches=test.keypatches, written_keypatches=patches)), tokens)
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #2718e87e
+# %% ../../nbs/9_tasks/12_cycle.ipynb #a509fe14
 def compare_drawn(
     cyclic: Cyclic,
     material: dict[str, Material],  # {"train", "val", "test"}; test: the studies gone round with
@@ -315,13 +315,11 @@ def compare_drawn(
     how, network = dict(n_resamples=o.n_resamples, seed=seed), feature_network(cyclic.method, o)
     systems = measures.check_images(made_images(cyclic, test.images, made))
     features = {name: measures.image_vectors(network, x) for name, x in systems.items()}
-    niqe = measures.read_niqe(o.niqe_parameters) if o.niqe_parameters else None
-    niqe = niqe or measures.fit_niqe(material["train"].images, o.niqe_patch)
     pairs = {name: (systems[name], test.reports) for name in ("real", "drawn", "unconditional")}
     pairs["written"] = systems["real"], made.texts.written.tolist()
     tables = [
         measures.fid_table(features, patients, network.name, o.fid_splits, seed),
-        measures.niqe_table(systems, patients, niqe, **how),
+        _niqe(systems, material, o, how),
         measures.neighbour_table(features, patients, network.name, **how),
         measures.pair_recalls(cyclic.method, cyclic.tokenizer, pairs, patients, o.recall_ks, **how),
         _findings(network, features, material, o, how),
@@ -334,13 +332,24 @@ def made_images(cyclic: Cyclic, real: Tensor, made: Round) -> dict[str, Tensor]:
     decoded = {name: cyclic.decode(x) for name, x in made.tokens.items()}
     return dict(real=real, reconstructed=decoded.pop("real")) | decoded
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #691b6b77
+# %% ../../nbs/9_tasks/12_cycle.ipynb #264c1207
 def feature_network(method, options: measures.ImageMetricsOptions):
     "The feature network of the options, or the method's own image encoder"
     if options.fid_network:
         return measures.load_feature_network(options.fid_network, device=method.device.type)
     size, name = method.config.image["image_size"], f"image encoder of {method.name}"
     return measures.FeatureNetwork(method.image_encoder, size, name)
+
+
+def _niqe(systems, material, options, how):
+    "NIQE of each system; a row without a value says why where images are too few or too small"
+    given = measures.read_niqe(options.niqe_parameters) if options.niqe_parameters else None
+    test = material["test"].patients
+    try:
+        model = given or measures.fit_niqe(material["train"].images, options.niqe_patch)
+        return measures.niqe_table(systems, test, model, **how)
+    except ConfigError as e:
+        return pd.DataFrame([dict(system="real", measure="NIQE", label="all", n=len(test), note=str(e))])
 
 
 def _findings(network, features, material, options, how):
@@ -364,14 +373,25 @@ def _findings(network, features, material, options, how):
         )
     return pd.concat(tables)
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #4ab9813b
+# %% ../../nbs/9_tasks/12_cycle.ipynb #d65779c8
 def _lacking(parts, sections):
     "Why a set cannot be used, in one line; empty where it can"
     text, n_train = " or ".join(sections), len(parts["train"])
     if n_train < 2:
         return f"training studies with text under {text}: {n_train}, but at least 2 are needed"
-    patients = len(set(parts["test"]["patient_id"][:]))
-    return f"test patients with text under {text}: {patients}, but it takes at least 4" if patients < 4 else ""
+    patients = parts["test"]["patient_id"][:]
+    if len(set(patients)) < 4 or other_patients(patients) is None:
+        return (
+            f"test patients with text under {text}: {len(set(patients))}, but it takes 4, none with half of the studies"
+        )
+    return ""
+
+
+def _check_comparison(model, options):
+    "ConfigError for a feature network or parameters that cannot be read, before anything is trained"
+    feature_network(model, options)
+    if options.niqe_parameters:
+        measures.read_niqe(options.niqe_parameters)
 
 
 def test_studies(
@@ -398,7 +418,7 @@ def _report_columns(model, tokenizer, parts, material, made):
         )
     )
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #3d6384f0
+# %% ../../nbs/9_tasks/12_cycle.ipynb #6bcaa358
 def cycle(
     model,
     tokenizer,  # a method that matches words with patches, and its tokenizer
@@ -421,6 +441,7 @@ def cycle(
     parts["test"] = test_studies(studies, options)
     if reason := _lacking(parts, options.sections):
         return dict(cycle=no_result(reason, output))
+    _check_comparison(model, options.compare)
     books, hints = load_codebooks(codebook, model), read_hints(codebook)
     tokens = VQGAN.from_pretrained(vqgan).to(model.device).eval()
     workers = resolve_workers(compute.workers, model.device.type)
