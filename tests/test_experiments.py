@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
+from medvlp.generation.vqgan import build_vqgan
 from medvlp.methods.base import build_method
 from medvlp.project.config import read_experiment
 from medvlp.project.plan import plan, resolve
@@ -37,7 +39,7 @@ def test_dvc_finds_what_its_templates_ask_for(file):
     "dvc.yaml loops over these lists, which therefore must be there"
     tree = read_experiment(file)
     assert all(list(tree["tasks"][task]) and {"data", "methods"} <= set(tree["tasks"][task]) for task in tree["tasks"])
-    assert set(tree["tasks"]) == {"evaluate", "finetune", "report", "answer"}
+    assert set(tree["tasks"]) == {"evaluate", "finetune", "report", "answer", "cycle"}
     assert all("folder" in values for values in tree["data"].values()) and tree["figures"]["data"] in tree["data"]
 
 
@@ -137,3 +139,20 @@ def test_adamatch_has_its_size():
     assert weights_of(moving) == dict(image_encoder=three_stages + adaptive, text_encoder=107_719_680, heads=heads)
     with torch.device("meta"):
         assert moving.image_encoder(torch.empty(1, 1, 256, 256)).grid == (16, 16)
+
+
+def test_adamatch_cyclic_has_the_size_that_it_should():
+    "51,845 types of tokens, 256 of 1,024 an image; the language model is built from its published sizes"
+    options = resolve("experiments/cyclic.yaml", need_data=False).tasks["cycle"].options
+    dolly = dict(hidden_size=2560, num_hidden_layers=32, num_attention_heads=32, intermediate_size=10_240)
+    types = options.language.text_vocab + options.vqgan.n_codes
+    with torch.device("meta"):
+        vqgan = build_vqgan(options.vqgan)
+        language = AutoModelForCausalLM.from_config(GPTNeoXConfig(vocab_size=types, **dolly))
+    assert (types, vqgan.n_codes, vqgan.n_tokens, vqgan.image_size) == (51_845, 1024, 256, 256)
+    assert sum(p.numel() for p in vqgan.parameters()) == 72_137_089
+    assert sum(p.numel() for p in language.parameters()) == 2_783_098_880
+    assert (options.language.learning_rate, options.language.batch_size, options.language.epochs) == (5e-6, 24, 5)
+    assert options.codebook.model_dump(include={"kappa0", "kappa2", "kappa3", "n_keywords", "n_keypatches"}) == dict(
+        kappa0=500, kappa2=1000, kappa3=20, n_keywords=15, n_keypatches=5
+    )

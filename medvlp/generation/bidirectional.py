@@ -168,7 +168,7 @@ def build_bidirectional(
     model.config.max_report_tokens = 1 + max(map(len, model.instructions.texts(reports)), default=0)
     return model
 
-# %% ../../nbs/6_generation/09_bidirectional.ipynb #01320128
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #56a357cb
 def _published(name):
     "A causal language model and its tokenizer; ConfigError where they are not at hand"
     logging.disable_progress_bar()
@@ -184,7 +184,7 @@ def _published(name):
 def _first_line(error):
     return str(error).strip().splitlines()[0].rstrip(".")
 
-
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #74635f28
 def _small(options, vocab, stop):
     "A GPT-NeoX of the options' sizes"
     return GPTNeoXConfig(
@@ -252,7 +252,7 @@ class Decoding(Options):
             )
         return self
 
-# %% ../../nbs/6_generation/09_bidirectional.ipynb #7caa25a8
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #24baeed1
 class OnlyAllowed(LogitsProcessor):
     "Tokens outside a mask are impossible"
 
@@ -262,7 +262,7 @@ class OnlyAllowed(LogitsProcessor):
     def __call__(self, input_ids, scores):  # scores [B,V]
         return scores.masked_fill(~self.allowed, -torch.inf)
 
-
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #b114ae84
 class AddressedNoise(LogitsProcessor):
     "Gumbel noise that turns the likeliest token into a sample; a generator for each row"
 
@@ -348,7 +348,7 @@ def _read_parts(file, key):
     part.replace(file)
     return [json.loads(line) for line in whole[1:]]
 
-# %% ../../nbs/6_generation/09_bidirectional.ipynb #3ab7dc4e
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #1afc5e9c
 @patch
 def _respond(self: Bidirectional, prompts, decoding, allowed, tokens, stop, batch_size, file, title):
     "Token numbers of the responses to all prompts, batches of similar length first"
@@ -365,7 +365,7 @@ def _respond(self: Bidirectional, prompts, decoding, allowed, tokens, stop, batc
             bar.update(len(rows))
     return [out[i] for i in range(len(prompts))]
 
-
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #7c555d91
 def _check_context(prompts, tokens, context):
     "ConfigError where a prompt leaves too little room"
     longest = max(map(len, prompts), default=0)
@@ -377,7 +377,7 @@ def _check_context(prompts, tokens, context):
             f"{problem}; shorten reports, give fewer keywords or keypatches, or lower decoding.max_tokens"
         )
 
-# %% ../../nbs/6_generation/09_bidirectional.ipynb #77b9d78d
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #f845659f
 @patch
 def write_reports(
     self: Bidirectional,
@@ -400,7 +400,7 @@ def write_reports(
     written = self._respond(prompts, decoding, allowed, tokens, to.stop, batch_size, parts, "write reports")
     return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
 
-
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #173ee037
 @patch
 def draw_images(
     self: Bidirectional,

@@ -330,7 +330,7 @@ def named_findings(
     nothing = [False] * len(findings)
     return np.array([np.any([nothing, *(known[word] for word in words)], axis=0) for words in keywords])
 
-# %% ../../nbs/9_tasks/11_codebook.ipynb #de5349e2
+# %% ../../nbs/9_tasks/11_codebook.ipynb #6b125e0e
 def baseline_keywords(
     keywords: list[list[str]],  # N lists, of the images
     book: TextCodebook,
@@ -347,7 +347,7 @@ def baseline_keywords(
         shuffled=[keywords[other[i]] for i in range(N)],
     )
 
-
+# %% ../../nbs/9_tasks/11_codebook.ipynb #3eff1fc6
 def keyword_table(
     truth: pd.DataFrame,  # [N,K] of `true_findings`
     named: dict[str, np.ndarray],  # {system: [N,K] bool}, keywords first

@@ -7,7 +7,8 @@ __all__ = ['CycleOptions', 'Cyclic', 'encode_patches', 'Material', 'collect', 'r
            'compare_drawn', 'made_images', 'feature_network', 'test_studies', 'cycle', 'cycle_results',
            'cycle_examples']
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #0af2107c
+# %% ../../nbs/9_tasks/12_cycle.ipynb #685e898e
+import shutil
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 import pandas as pd, torch
@@ -34,10 +35,10 @@ from .reconstruction import other_patients
 from .report import WrittenOptions, common_report, fit_to_set, nearest_rows, report_scores, report_table
 from .report import report_texts, reported
 from .vqgan import VqganOptions
-from ..training.downstream import split_studies
+from ..training.downstream import split_studies, stage_checkpoints
 from ..training.language import LanguageOptions, Pairs, train_language
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #be503230
+# %% ../../nbs/9_tasks/12_cycle.ipynb #32ca7c1c
 class CycleOptions(WrittenOptions):
     "Cyclic generation and its parts"
 
@@ -71,13 +72,27 @@ class CycleOptions(WrittenOptions):
         parts = self.vqgan.metric_names() | self.codebook.metric_names()
         return parts | dict(cycle_report=self.report_metrics(), cycle_image=_IMAGE_METRICS, cycle=_CYCLE_METRICS)
 
+# %% ../../nbs/9_tasks/12_cycle.ipynb #6746ff39
+_MEASURES = ["FID", "FID of halves", "FID of halves over real", "NIQE", "NIQE over real", "real or synthetic"]
+_MEASURES += [f"{way} R@*" for way in ("image to report", "report to image")]
+_MEASURES += [
+    f"{asked} {measure} {label}{over}"
+    for asked in ("finding", "side")
+    for measure in ("AUROC", "accuracy", "balanced accuracy")
+    for label in ("macro", "*")
+    for over in ("", " over real", " over shuffled")
+]
+_SYSTEMS = ("", *(f"{name} " for name in ("real", "reconstructed", "shuffled", "unconditional", "redrawn", "written")))
+_IMAGE_METRICS = [f"{system}{measure}" for system in _SYSTEMS for measure in _MEASURES]
+_CYCLE_METRICS = [
+    f"{system}{kept}finding {measure}{label}{over}"
+    for system, over in (("", ""), ("shuffled ", ""), ("", " over shuffled"))
+    for kept in ("", "kept ")
+    for measure in ("precision", "recall", "F1")
+    for label in ("", " macro", " *")
+]
 
-_SYSTEMS = ("", "real ", "reconstructed ", "shuffled ", "unconditional ", "redrawn ")
-_MEASURES = ["FID", "FID of halves", "NIQE", "finding AUROC", "finding accuracy", "finding F1", "real or synthetic"]
-_IMAGE_METRICS = [f"{system}{name}" for system in _SYSTEMS for name in (*_MEASURES, "report to image R@*", "*")]
-_CYCLE_METRICS = ["finding F1", "kept finding F1", "*"]
-
-# %% ../../nbs/9_tasks/12_cycle.ipynb #f3f15145
+# %% ../../nbs/9_tasks/12_cycle.ipynb #ba4c72fd
 class Cyclic:
     "Reports for images and images for reports; ConfigError where the four parts do not fit together"
 
@@ -110,14 +125,14 @@ class Cyclic:
             model, load_tokenizer(method), load_codebooks(codebook, model), *(p.to(device).eval() for p in parts)
         )
 
-
+# %% ../../nbs/9_tasks/12_cycle.ipynb #da4cf1ca
 @torch.inference_mode()
 def encode_patches(vqgan: VQGAN, book) -> Tensor:  # [K,t]
     "The image tokens of each keypatch of a codebook"
     pixels = book.pixels.to(vqgan.device)[:, None].float() / 255
     return torch.cat([vqgan.encode(part) for part in pixels.split(256)])
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #fbd6a225
+# %% ../../nbs/9_tasks/12_cycle.ipynb #2caf0f5b
 @patch
 def keywords(
     self: Cyclic,
@@ -136,7 +151,7 @@ def keypatches(
     found = report_keypatches(self.method, self.tokenizer, self.patches, reports)
     return [[k for k in row if k >= 0] for row in found.tolist()]
 
-
+# %% ../../nbs/9_tasks/12_cycle.ipynb #73938d08
 @patch
 def write(
     self: Cyclic,
@@ -158,7 +173,7 @@ def draw(
     "The tokens of an image for each report"
     return self.language.draw_images(reports, [self.patch_tokens[numbers] for numbers in keypatches], **how)
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #f56c94b5
+# %% ../../nbs/9_tasks/12_cycle.ipynb #38d90ec3
 @patch
 @torch.inference_mode()
 def encode(
@@ -178,7 +193,7 @@ def decode(
     "Tokens as images"
     return torch.cat([self.vqgan.decode(x.to(self.vqgan.device)).cpu() for x in tokens.split(64)])
 
-
+# %% ../../nbs/9_tasks/12_cycle.ipynb #05e5edcd
 @patch
 def report(
     self: Cyclic,
@@ -198,7 +213,7 @@ def picture(
     "Draw an image for each report"
     return self.decode(self.draw(reports, self.keypatches(reports), **how))
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #37f10f03
+# %% ../../nbs/9_tasks/12_cycle.ipynb #9751908c
 class Material(NamedTuple):
     "What the language model learns from, or is tried with: studies of a split in the form of its prompts"
 
@@ -215,7 +230,7 @@ class Material(NamedTuple):
         "Examples for the language model"
         return Pairs(self.tokens, self.reports, self.keywords, [patch_tokens[numbers] for numbers in self.keypatches])
 
-
+# %% ../../nbs/9_tasks/12_cycle.ipynb #cb214ded
 @torch.inference_mode()
 def collect(
     studies,  # of `reported`
@@ -258,7 +273,7 @@ def _sides(studies, labels):
 
 _FEW_SIDES = 10  # studies with a finding on each side, for its side to be asked for
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #8174cad5
+# %% ../../nbs/9_tasks/12_cycle.ipynb #a6dce944
 class Round(NamedTuple):
     "What was made for N test studies"
 
@@ -277,7 +292,7 @@ def read_round(
     "What was made"
     return Round(pd.read_parquet(Path(folder) / "made.parquet"), load_file(Path(folder) / "made.safetensors"))
 
-
+# %% ../../nbs/9_tasks/12_cycle.ipynb #66b4d99c
 def go_round(
     cyclic: Cyclic,
     test: Material,
@@ -302,7 +317,7 @@ def go_round(
     texts = dict(truth=test.reports, written=written, rewritten=rewritten, keywords=test.keywords, drawn_keywords=words)
     return Round(pd.DataFrame(texts | dict(keypatches=test.keypatches, written_keypatches=patches)), tokens)
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #a509fe14
+# %% ../../nbs/9_tasks/12_cycle.ipynb #efa7aa7f
 def compare_drawn(
     cyclic: Cyclic,
     material: dict[str, Material],  # {"train", "val", "test"}; test: the studies gone round with
@@ -326,13 +341,13 @@ def compare_drawn(
     ]
     return pd.concat(tables, ignore_index=True)
 
-
+# %% ../../nbs/9_tasks/12_cycle.ipynb #3e0a0585
 def made_images(cyclic: Cyclic, real: Tensor, made: Round) -> dict[str, Tensor]:  # {system: [N,1,H,W] in 0..1}
     "Real and reconstructed images, and those that were drawn"
     decoded = {name: cyclic.decode(x) for name, x in made.tokens.items()}
     return dict(real=real, reconstructed=decoded.pop("real")) | decoded
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #264c1207
+# %% ../../nbs/9_tasks/12_cycle.ipynb #0106c188
 def feature_network(method, options: measures.ImageMetricsOptions):
     "The feature network of the options, or the method's own image encoder"
     if options.fid_network:
@@ -351,7 +366,7 @@ def _niqe(systems, material, options, how):
     except ConfigError as e:
         return pd.DataFrame([dict(system="real", measure="NIQE", label="all", n=len(test), note=str(e))])
 
-
+# %% ../../nbs/9_tasks/12_cycle.ipynb #cf122f18
 def _findings(network, features, material, options, how):
     "What a probe of real images finds in each system's images, and on which side; None for a set without labels"
     train, val, test = (material[split] for split in ("train", "val", "test"))
@@ -373,7 +388,7 @@ def _findings(network, features, material, options, how):
         )
     return pd.concat(tables)
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #d65779c8
+# %% ../../nbs/9_tasks/12_cycle.ipynb #4213cf8f
 def _lacking(parts, sections):
     "Why a set cannot be used, in one line; empty where it can"
     text, n_train = " or ".join(sections), len(parts["train"])
@@ -393,7 +408,7 @@ def _check_comparison(model, options):
     if options.niqe_parameters:
         measures.read_niqe(options.niqe_parameters)
 
-
+# %% ../../nbs/9_tasks/12_cycle.ipynb #29697004
 def test_studies(
     studies,  # of load_studies
     options: CycleOptions,
@@ -418,7 +433,7 @@ def _report_columns(model, tokenizer, parts, material, made):
         )
     )
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #6bcaa358
+# %% ../../nbs/9_tasks/12_cycle.ipynb #16e1e2c1
 def cycle(
     model,
     tokenizer,  # a method that matches words with patches, and its tokenizer
@@ -453,8 +468,9 @@ def cycle(
     language = train_language(*examples, options.language, **how)
     language.save_pretrained(output)
     cyclic = Cyclic(model, tokenizer, books, tokens, language)
-    made = go_round(cyclic, material["test"], options, Path(checkpoints) / "made")
+    made = go_round(cyclic, material["test"], options, parts_done := stage_checkpoints(checkpoints, output))
     made.save(output)
+    shutil.rmtree(parts_done)
     return cycle_results(cyclic, parts, material, made, options, output, seed)
 
 # %% ../../nbs/9_tasks/12_cycle.ipynb #b36fed66
