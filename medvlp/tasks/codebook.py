@@ -403,7 +403,7 @@ def _scores(table, agreement, chance, patients, n_resamples):
     note = few_note({"test studies": len(patients), "test studies with a finding and a report": known})
     return scores.assign(note=np.where(scores["value"].isna(), "no test study has it", note))
 
-# %% ../../nbs/9_tasks/11_codebook.ipynb #ddb8e45d
+# %% ../../nbs/9_tasks/11_codebook.ipynb #c63c4b23
 def codebook(
     model,
     tokenizer,  # a method that aligns patches with words, and its tokenizer
@@ -433,8 +433,7 @@ def codebook(
     sources = truth.set_axis(hints.study_id).loc[visual.table.study_id]
     agreement = keypatch_agreement(test.keypatches.tolist(), truth.loc[test.index], sources)
     scores = _scores(table, *agreement, patients, options.n_resamples)
-    headline = {"keyword F1": "keyword F1", "keypatch agreement": "keypatch agreement"}
-    return TaskResult(scores, table, headline=headline)
+    return TaskResult(scores, table)
 
 
 def read_hints(

@@ -473,7 +473,7 @@ def cycle(
     shutil.rmtree(parts_done)
     return cycle_results(cyclic, parts, material, made, options, output, seed)
 
-# %% ../../nbs/9_tasks/12_cycle.ipynb #b36fed66
+# %% ../../nbs/9_tasks/12_cycle.ipynb #da734512
 def cycle_results(
     cyclic: Cyclic,
     parts: dict,  # {"train", "val", "test"} of studies with reports
@@ -494,14 +494,11 @@ def cycle_results(
     kept = kept[~kept.system.str.startswith("first")].reset_index(drop=True)
     chance = kept[kept.system == "shuffled"].set_index(["measure", "label"]).value
     kept["chance"] = [0.0 if " over " in r.system else chance[r.measure, r.label] for r in kept.itertuples()]
+    found = measures.image_scores(images, "drawn")
     return dict(
-        cycle_report=TaskResult(
-            report_scores(reports), reports, headline={"finding F1": "cycle: finding F1 of reports"}
-        ),
-        cycle_image=TaskResult(
-            measures.image_scores(images, "drawn"), images, headline={"finding AUROC macro": "cycle: AUROC of images"}
-        ),
-        cycle=TaskResult(measures.image_scores(kept, "cycle"), kept, headline={"finding F1": "cycle: finding F1"}),
+        cycle_report=TaskResult(report_scores(reports), reports),
+        cycle_image=TaskResult(found, images, headline={"finding AUROC macro": "drawn AUROC"}),
+        cycle=TaskResult(measures.image_scores(kept, "cycle"), kept),
     )
 
 # %% ../../nbs/9_tasks/12_cycle.ipynb #8ad59fe7

@@ -122,7 +122,7 @@ def vqgan_scores(
         rows.append(dict(metric=name, value=float(x), low=np.nan, high=np.nan, chance=least))
     return pd.DataFrame(rows).assign(overall=True, n=len(patients), note=note)
 
-# %% ../../nbs/9_tasks/10_vqgan.ipynb #019a01c6
+# %% ../../nbs/9_tasks/10_vqgan.ipynb #e4a2cfdf
 def _lacking(parts):
     "Why a set cannot be used, in one line; empty where it can"
     n, patients = len(parts["train"]), len(set(parts["test"]["patient_id"][:]))
@@ -160,7 +160,7 @@ def vqgan(
     note = few_note({"training studies": len(parts["train"]), "test studies": len(parts["test"])})
     scores = vqgan_scores(values, counts, parts["test"]["patient_id"][:], options.n_resamples, note)
     table = pd.DataFrame({name: v.mean(0) for name, v in values.items()}, index=_MEASURES).T
-    return TaskResult(scores, table, headline={"SSIM": "SSIM of reconstructions"})
+    return TaskResult(scores, table)
 
 # %% ../../nbs/9_tasks/10_vqgan.ipynb #d113785b
 @torch.inference_mode()
