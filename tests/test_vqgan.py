@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import small
+from test_resume import assert_equal, curves, weights
 
 SIZES = dict(image_size=32, channels=[8, 8, 16], layers=1, groups=4, n_codes=16, code_dim=4, attention=False)
 TRAINING = dict(
@@ -62,23 +62,10 @@ def first(folder):
     return train(folder, "first")
 
 
-def weights(folder, run):
-    return load_file(folder / run / "model" / "model.safetensors")
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-def curves(folder):
-    return {p.name: p.read_text() for p in (folder / "curves").rglob("*") if p.is_file()}
-
-
 def start(folder, run, minutes, device):
     command = [sys.executable, __file__, folder, run, str(minutes), device]
-    environment = os.environ | dict(PYTHONPATH=f"{HERE.parent}{os.pathsep}{HERE}")
+    paths = [str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | dict(PYTHONPATH=os.pathsep.join(paths))
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
 
 
