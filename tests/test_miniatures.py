@@ -16,6 +16,7 @@ from medvlp.tasks.metrics.text import Meteor
 from medvlp.tasks.questions import read_answers
 from miniatures import FINDINGS, WRITERS
 from small import BERT, write_clip
+from test_sources_labels import write_object_cxr, write_rsna, write_siim
 
 ROOT = Path(__file__).parent.parent
 BERT_4 = dict(BERT["options"], num_hidden_layers=4)  # aga averages four layers
@@ -40,6 +41,8 @@ SIZES = dict(  # of all of them
             epochs=1, min_steps=0, batch_size=2, max_tokens=12, hidden_size=32, layers=1, heads=2, n_resamples=20
         ),
         answer=dict(decoder=None, decoder_layers=1, epochs=1, min_steps=0, batch_size=2, n_resamples=20),
+        detect=dict(epochs=1, min_steps=0, batch_size=2, n_resamples=20),
+        segment=dict(epochs=1, min_steps=0, batch_size=2, n_resamples=20),
     ),
     figures=dict(samples=2, heatmaps=2, prototypes=2, reconstructions=1),
 )
@@ -59,6 +62,16 @@ CYCLE = dict(
     language=dict(name="", text_vocab=0, hidden_size=32, layers=1, epochs=1, context=256, bpe_vocab=300),
     compare=dict(niqe_patch=16, fid_splits=2, n_resamples=20),
     n_resamples=20,
+)
+PLACES = dict(
+    data={"hospital-a": None},
+    pretrain=dict(data=["covid"]),
+    methods=dict(
+        mgca=dict(options=dict(n_prototypes=3)),
+        mpma=dict(image_encoder=dict(image_size=64, options=VIT)),
+        adamatch=dict(image_encoder=dict(image_size=64, options=PVT)),
+    ),
+    tasks=dict(detect=dict(data=["slake"]), segment=dict(data=["covid"])),
 )
 OWN_SIZES = {  # of each
     "mgca": dict(
@@ -101,6 +114,11 @@ OWN_SIZES = {  # of each
             adamatch=dict(image_encoder=dict(image_size=64, options=PVT)),
         ),
     ),
+    "mgca-places": dict(
+        methods={"mgca-resnet50": RESNET_50, "untrained-resnet50": RESNET_50, "imagenet-resnet50": RESNET_50},
+    ),
+    "places": PLACES,
+    "places-covid": PLACES,
     "questions": dict(methods=dict(mpma=dict(image_encoder=dict(image_size=64, options=VIT)))),
 }
 
@@ -152,7 +170,7 @@ def test_every_experiment_on_a_public_set_is_here():
     assert {name for name in names if public(name)} == set(OWN_SIZES)
 
 
-SLOW = ["aga", "mpma", "mimic-cxr", "amf-lambda", "amf-teachers", "covid-chestxray"]  # the others share most stages
+SLOW = ["aga", "mpma", "mimic-cxr", "amf-lambda", "amf-teachers", "covid-chestxray", "places"]  # the others share most stages
 
 
 @pytest.mark.parametrize(
@@ -180,7 +198,7 @@ def check_scores(name):
     measured, tasks = scores.groupby("task").method.agg(set), shrunk(name).tasks
     if tasks.evaluate.data:
         assert all(measured[part] == set(tasks.evaluate.methods) for part in ("probe", "retrieval", "zero_shot"))
-    trained = [task for task in ("finetune", "report", "answer") if tasks[task].data]
+    trained = [task for task in ("finetune", "report", "answer", "detect", "segment") if tasks[task].data]
     assert all(measured[task] == set(tasks[task].methods) for task in trained)
     assert measured.get("reconstruction") == ({"mpma"} if "mpma" in tasks.evaluate.methods else None)
     assert Path(f"results/{name}.md").is_file()

@@ -12,7 +12,7 @@ from medvlp.project.config import merge
 from small import BERT, write_studies
 
 ROOT = Path(__file__).parent.parent
-TASKS = ("evaluate", "finetune", "report", "answer", "cycle")
+TASKS = ("evaluate", "finetune", "report", "answer", "cycle", "detect", "segment")
 TINY = dict(
     experiment="toy",
     compute=dict(device="cpu", precision="fp32", threads=1),
