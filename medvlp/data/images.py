@@ -375,28 +375,41 @@ def seeded(
 class _Chain:
     "torchvision transforms applied to one image; the same numbers as `v2.Compose`, without its bookkeeping"
 
-    def __init__(self, *transforms):
-        self.transforms = transforms
+    def __init__(self, geometric, *photometric):
+        self.transforms, self.n_geometric = (*geometric, *photometric), len(geometric)
 
-    def __call__(self, image):
-        for t in self.transforms:
-            image = t.transform(image, t.make_params([image]))
-        return image
+    def __call__(
+        self,
+        image,
+        *more,  # BoundingBoxes and Mask of the image's size, which move with it; anything else stays as it is
+    ):  # the image, or a tuple of all
+        for i, t in enumerate(self.transforms):
+            params = t.make_params([image])
+            image = t.transform(image, params)
+            if more and i < self.n_geometric:
+                more = [_moved(x, t, params) for x in more]
+        return (image, *more) if more else image
+
+
+def _moved(x, transform, params):
+    "Boxes or a mask transformed as their image was; anything else as it is"
+    from torchvision.tv_tensors import TVTensor
+
+    return transform.transform(x, params) if isinstance(x, TVTensor) else x
 
 # %% ../../nbs/1_data/01_images.ipynb #88980d91
 def train_transform(
     size: int,  # pixels of the square that the encoder reads
     degrees: float = 5.0,  # largest rotation
     contrast: float = 0.2,  # largest relative change of brightness and of contrast
-):  # a function
+):  # a function; it takes boxes and masks too, see `_Chain`
     "Random rotation, crop and exposure: grey image to [1,size,size] float32 in 0..1"
     import torch
     from torchvision.transforms import v2
 
     rotation = [v2.RandomAffine(degrees, interpolation=v2.InterpolationMode.BILINEAR)] if degrees else []
     return _Chain(
-        *rotation,
-        v2.RandomCrop(size, pad_if_needed=True),
+        [*rotation, v2.RandomCrop(size, pad_if_needed=True)],
         v2.PILToTensor(),
         v2.ToDtype(torch.float32, scale=True),
         v2.ColorJitter(contrast, contrast),
@@ -405,7 +418,7 @@ def train_transform(
 # %% ../../nbs/1_data/01_images.ipynb #933fd724
 def eval_transform(
     size: int,  # pixels of the square that the encoder reads
-):  # a function
+):  # a function; it takes boxes and masks too, as `train_transform` does
     "The centre square: grey image to [1,size,size] float32 in 0..1"
     import torch
     from torchvision.transforms import v2
