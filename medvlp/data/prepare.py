@@ -302,7 +302,10 @@ def _prepare_mask(study, picture, options, quarantine):
     if not study["mask"]:
         return None
     try:
-        return _stored(read_mask(study["mask"], picture), options, nearest=True)
+        mask = read_mask(study["mask"], picture)
+        if mask.size != picture.image.size:  # of two scales, the sides could be rounded differently
+            mask = mask.resize(picture.image.size, Resampling.NEAREST)
+        return _stored(mask, options, nearest=True)
     except ImageError as e:
         quarantine.add(study, "mask", str(e), "segmentation")
         return None
