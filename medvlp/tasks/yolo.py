@@ -226,7 +226,7 @@ class YoloHead(nn.Module):
         "The block's result for a coarser map, enlarged to a finer one"
         return F.interpolate(self.routes[s](x), fine.shape[2:], mode="nearest")
 
-# %% ../../nbs/9_tasks/13_yolo.ipynb #f117e020
+# %% ../../nbs/9_tasks/13_yolo.ipynb #e0992c46
 class Detections(NamedTuple):
     "The boxes found on one image, best score first"
 
