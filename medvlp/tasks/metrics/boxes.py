@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER_IOUS', 'COCO_IOUS', 'CORNERS', 'box_frame', 'Matches', 'match_boxes', 'weighted_average_precision',
-           'average_precisions', 'mean_average_precision', 'truth_facts']
+           'average_precisions', 'mean_average_precision', 'truth_facts', 'mean_box_precisions']
 
 # %% ../../../nbs/9_tasks/metrics/05_boxes.ipynb #b8ea1803
 import contextlib, io
@@ -148,7 +148,7 @@ def average_precisions(
     matches = [match_boxes(predictions, truths, name, ious) for name in labels]
     return with_macro([weighted_average_precision(m, counts).mean(0) for m in matches], usable, axis=0)
 
-# %% ../../../nbs/9_tasks/metrics/05_boxes.ipynb #54cf32c0
+# %% ../../../nbs/9_tasks/metrics/05_boxes.ipynb #8172c99a
 def mean_average_precision(
     predictions: list[pd.DataFrame],  # N tables of `box_frame` with scores, one per image
     truths: list[pd.DataFrame],  # N tables
@@ -157,7 +157,7 @@ def mean_average_precision(
     patient_ids=None,  # [N], for the intervals; None: none
     n_resamples: int = 1000,  # of the patients
     seed: int = 0,  # of the resamples
-) -> pd.DataFrame:  # label, value, low, high, n images, n_boxes, note; the last row, "mean", is over labels
+) -> pd.DataFrame:  # label, value, low, high, n_test, n_boxes, note; the last row, "macro", is the mean over labels
     "Average precision of each label and their mean, with intervals over patients"
     values, low, high = average_precisions(predictions, truths, labels, ious), np.nan, np.nan
     if patient_ids is not None:
@@ -170,7 +170,7 @@ def mean_average_precision(
 def truth_facts(
     truths: list[pd.DataFrame],  # N tables
     labels: list[str],  # K classes
-) -> pd.DataFrame:  # label, n images, n_boxes, note; the last row, "mean", is over labels
+) -> pd.DataFrame:  # label, n_test images, n_boxes, note; the last row, "macro", is that of the mean over labels
     "What stands behind the average precision of each label"
     found = pd.DataFrame([t.label.value_counts().reindex(labels, fill_value=0) for t in truths], columns=labels)
     n_boxes, n_images = found.sum().to_numpy(int), (found > 0).sum().to_numpy(int)
@@ -179,5 +179,28 @@ def truth_facts(
     used = sum(n_boxes > 0)
     left_out = f"mean of {used} of {len(labels)} labels" if used < len(labels) else ""
     notes.append(join_notes(left_out, few_labels_note([f for f, n in zip(few, n_boxes) if n])))
-    facts = dict(n=len(truths), n_boxes=[*n_boxes, n_boxes.sum()], note=notes)
-    return pd.DataFrame(dict(label=[*labels, "mean"], **facts))
+    facts = dict(n_test=len(truths), n_boxes=[*n_boxes, n_boxes.sum()], note=notes)
+    return pd.DataFrame(dict(label=[*labels, "macro"], **facts))
+
+# %% ../../../nbs/9_tasks/metrics/05_boxes.ipynb #ff8bb3a4
+def mean_box_precisions(
+    train: list[pd.DataFrame],  # tables of the training images
+    truths: list[pd.DataFrame],  # N tables of the test images
+    labels: list[str],  # K classes
+    ious=PAPER_IOUS,  # thresholds
+) -> np.ndarray:  # [K+1], the last is the mean over labels that have a truth box
+    "Average precision of each label's average training box on every image"
+    boxes = pd.concat(train).groupby("label")[CORNERS].mean()
+    values = [_mean_box_precision(boxes, truths, name, ious) for name in labels]
+    return with_macro(values, ~np.isnan(values))
+
+
+def _mean_box_precision(boxes, truths, label, ious):
+    known = boxes.loc[boxes.index == label]
+    guess = box_frame(known.index, known, np.ones(len(known)))
+    m = match_boxes([guess] * len(truths), truths, label, ious)
+    if not m.n_truth.sum():
+        return np.nan
+    hits = m.hit.sum(1)
+    reached = np.searchsorted(_RECALLS, hits / m.n_truth.sum(), side="right")
+    return (hits / len(truths) * reached).mean() / len(_RECALLS)
