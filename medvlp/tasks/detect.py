@@ -6,7 +6,7 @@
 __all__ = ['MEASURES', 'DetectorConfig', 'Detector', 'build_detector', 'DetectOptions', 'true_boxes', 'BoxPlace',
            'train_detector', 'annotated_rows', 'detection_labels', 'detect', 'detected']
 
-# %% ../../nbs/9_tasks/14_detect.ipynb #161892b4
+# %% ../../nbs/9_tasks/14_detect.ipynb #2cade3da
 import shutil
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,8 +22,8 @@ from ..encoders.pretrained import DownstreamConfig, DownstreamModel, as_list, op
 from ..encoders.pyramid import Pyramid, encoder_maps, map_channels
 from ..project.config import Auto, ComputeOptions, ConfigError, Fraction, did_you_mean
 from .metrics.boxes import COCO_IOUS, CORNERS, PAPER_IOUS
-from .metrics.boxes import average_precisions, box_frame, mean_box_precisions, truth_facts
-from .metrics.intervals import interval, join_notes, resample
+from .metrics.boxes import average_precisions, box_frame, mean_box_precisions, precisions_at, truth_facts
+from .metrics.intervals import interval, join_notes, resample, with_macro
 from .metrics.scores import TaskResult, by_label, no_result
 from .pointing import boxes_of
 from .probe import learn_from_few, probe_names, probe_scores
@@ -277,17 +277,16 @@ def _lacking(truths, rows, options, patients):
         return f"no test study has a box of these classes: {', '.join(labels)}"
     return ""
 
-# %% ../../nbs/9_tasks/14_detect.ipynb #8e941623
+# %% ../../nbs/9_tasks/14_detect.ipynb #c5ac271b
 _LOWEST = 0.001  # score of boxes that count for average precision
 
 
 def _measure(predictions, truths, labels, counts):
     "[M,K+1,1+R] average precision by measure and label, of the test studies and of each resample"
-    measured = []
-    for ious in MEASURES.values():
-        value, resampled = (average_precisions(predictions, truths, labels, ious, c) for c in (None, counts))
-        measured.append(np.c_[value, resampled])
-    return np.stack(measured)
+    ious, usable = sorted(set().union(*MEASURES.values())), truth_facts(truths, labels).n_boxes[:-1] > 0
+    values, resampled = (precisions_at(predictions, truths, labels, ious, c) for c in (None, counts))
+    both = np.concatenate([values[..., None], resampled], -1)  # [T,K,1+R]
+    return np.stack([with_macro(both[np.isin(ious, some)].mean(0), usable, axis=0) for some in MEASURES.values()])
 
 
 def _presence(truths, rows, labels):
