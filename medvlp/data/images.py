@@ -378,17 +378,26 @@ class _Chain:
     def __init__(self, *transforms):
         self.transforms = transforms
 
-    def __call__(self, image):
+    def __call__(
+        self,
+        image,
+        *more,  # tv_tensors of the image's size, such as BoundingBoxes and Mask, which move with it
+    ):  # the image, or a tuple of all
+        if not more:
+            for t in self.transforms:
+                image = t.transform(image, t.make_params([image]))
+            return image
+        inputs = image, *more
         for t in self.transforms:
-            image = t.transform(image, t.make_params([image]))
-        return image
+            inputs = t(*inputs)
+        return inputs
 
 # %% ../../nbs/1_data/01_images.ipynb #88980d91
 def train_transform(
     size: int,  # pixels of the square that the encoder reads
     degrees: float = 5.0,  # largest rotation
     contrast: float = 0.2,  # largest relative change of brightness and of contrast
-):  # a function
+):  # a function; it takes boxes and masks too, see `_Chain`
     "Random rotation, crop and exposure: grey image to [1,size,size] float32 in 0..1"
     import torch
     from torchvision.transforms import v2
@@ -405,7 +414,7 @@ def train_transform(
 # %% ../../nbs/1_data/01_images.ipynb #933fd724
 def eval_transform(
     size: int,  # pixels of the square that the encoder reads
-):  # a function
+):  # a function; it takes boxes and masks too, as `train_transform` does
     "The centre square: grey image to [1,size,size] float32 in 0..1"
     import torch
     from torchvision.transforms import v2

@@ -76,16 +76,29 @@ def label_subset(
     labels,  # [N,K] 1, 0, -1 uncertain, NaN unknown
     fraction: float,  # in (0,1], of the studies with a known label
     seed=0,  # an integer or a tuple of them
+    groups=None,  # [N] such as patients: whole groups are drawn, and the fraction is of them
 ) -> np.ndarray:  # sorted row numbers
     "A random subset with a positive and a negative of each label where there are any; nested across fractions"
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction: {fraction} is not in (0,1]")
     labels = np.asarray(labels, float)
+    if groups is not None:
+        of_groups, member = _group_labels(labels, groups)
+        drawn = np.isin(member, label_subset(of_groups, fraction, seed))
+        return np.flatnonzero(drawn & np.isin(labels, (0, 1)).any(1))
     known = np.flatnonzero(np.isin(labels, (0, 1)).any(1))
     order = np.random.default_rng(seed).permutation(known)
     first = _cover(labels, order)
     order = np.r_[first, order[~np.isin(order, first)]].astype(int)
     return np.sort(order[: max(len(first), round(fraction * len(known)), 2)])
+
+
+def _group_labels(labels, groups):
+    "[G,K] 1 where a study of the group is positive, 0 where all known ones are negative, else NaN; [N] its group"
+    names, member = np.unique(np.asarray(groups).astype(str), return_inverse=True)
+    of_groups = np.full((len(names), labels.shape[1]), np.nan)
+    np.fmax.at(of_groups, member, np.where(np.isin(labels, (0, 1)), labels, np.nan))
+    return of_groups, member
 
 # %% ../../nbs/9_tasks/01_probe.ipynb #fa3a0a54
 def fit_probe(
@@ -254,11 +267,13 @@ def learn_from_few(
     fractions=(0.01, 0.1, 1.0),  # of the labelled training studies
     subset_seeds: int = 5,  # subsets per fraction
     seed: int = 0,  # of the subsets
+    patient_ids=None,  # [N] to draw whole patients; None: studies
 ) -> list[Learnt]:  # one for each fraction
     "Learn from each random subset of each fraction of the labels"
     train, _ = _check_split(split)
+    groups = None if patient_ids is None else np.asarray(patient_ids)[train]
     seeds = {f: range(1 if f == 1 else subset_seeds) for f in fractions}
-    drawn = [[train[label_subset(labels[train], f, (seed, s))] for s in seeds[f]] for f in fractions]
+    drawn = [[train[label_subset(labels[train], f, (seed, s), groups)] for s in seeds[f]] for f in fractions]
     learnt = []
     for f, subsets, note in zip(fractions, drawn, _training_notes(drawn, fractions)):
         bar = tqdm(subsets, desc=f"{f:.0%} of labels", leave=False, delay=2, disable=len(subsets) == 1)
