@@ -199,6 +199,8 @@ def prompt_questions(
     for i, true in truths(studies, model.config.image["image_size"], manifest):
         for label in sorted(set(true) & set(labels or true)):
             found.append(dict(study=i, label=label, boxes=true[label].boxes, truth=true[label]))
+    if not found:
+        return []
     texts = [prompt.format(finding=m["label"]) for m in found]
     asked = studies.select([m["study"] for m in found]).remove_columns(["findings", "impression"])
     for section in ("findings", "impression"):
