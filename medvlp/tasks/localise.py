@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'CUTS', 'MEASURES', 'LOCALISE', 'covered', 'pixel_map', 'contrast', 'scaled', 'level_pixels', 'map_box',
            'Truth', 'truths', 'square_mask', 'report_questions', 'prompt_questions', 'all_questions', 'mean_truths',
-           'other_patients', 'candidates', 'best_cuts', 'measure', 'Rates', 'measure_all', 'localise_table',
-           'LocaliseOptions', 'localise_maps', 'localise', 'localise_scores']
+           'other_patients', 'candidates', 'best_cuts', 'measure', 'measure_box', 'Rates', 'measure_all',
+           'localise_table', 'LocaliseOptions', 'localise_maps', 'localise', 'localise_scores']
 
 # %% ../../nbs/9_tasks/16_localise.ipynb #8623771d
 from collections import defaultdict
@@ -17,11 +17,11 @@ from pydantic import Field
 from ..data.prepare import has_report
 from ..encoders.features import grid_boxes
 from ..project.config import Options
-from .metrics.boxes import PAPER_IOUS, average_precisions, box_frame
+from .metrics.boxes import PAPER_IOUS, Matches, weighted_average_precision
 from .metrics.intervals import few_labels_note, few_note, interval, resample, weighted_mean, with_macro
 from .metrics.masks import Pixels, dice, iou
 from .metrics.scores import no_scores
-from .pointing import WordMap, boxes_of, mentions, with_maps, word_spans
+from .pointing import WordMap, boxes_of, mentions, overlap, with_maps, word_spans
 
 # %% ../../nbs/9_tasks/16_localise.ipynb #f60cf4f6
 def covered(
@@ -312,21 +312,23 @@ def measure(
 ) -> list[float]:  # as `_PIXELS`
     "Contrast and overlap of one map"
     signed = contrast(pixels, truth.region, truth.known)
-    overlap = iou(level_pixels(pixels, truth.region, thresholds, truth.known)).mean()
-    return [abs(signed), signed, overlap, dice(level_pixels(pixels, truth.region, [cut], truth.known))[0]]
+    mean_iou = iou(level_pixels(pixels, truth.region, thresholds, truth.known)).mean()
+    return [abs(signed), signed, mean_iou, dice(level_pixels(pixels, truth.region, [cut], truth.known))[0]]
 
 
-def _frame(label, found):
-    "The box of a map as a table of predictions"
-    boxes, scores = ([found[0]], [found[1]]) if found else ([], [])
-    return box_frame([label] * len(boxes), boxes, scores)
+def measure_box(
+    found,  # of `map_box`
+    truth: Truth,
+) -> tuple[float, float]:  # its score, and its IoU with the box of the truth that it overlaps most
+    "A predicted box; none at all is one of the lowest score that overlaps with nothing"
+    return (found[1], float(overlap([found[0]], truth.boxes)[0])) if found else (0.0, 0.0)
 
 # %% ../../nbs/9_tasks/16_localise.ipynb #b6d6685d
 class Rates(NamedTuple):
     "What is measured of each question, for one kind of map"
 
     values: np.ndarray  # [4,N,K] as `_PIXELS`, NaN where there is no question
-    boxes: list  # [Q] predictions of each question, None where there is no map
+    boxes: list  # [Q] of `measure_box`, None where there is no map
 
     def over(self, counts, found, labels) -> dict[str, np.ndarray]:  # {measure: [R,K]}
         "Means over studies, and average precision, for each resample"
@@ -338,9 +340,11 @@ class Rates(NamedTuple):
         rows = [i for i, q in enumerate(found) if q["label"] == label and self.boxes[i] is not None]
         if not rows:
             return np.full(len(counts), np.nan)
-        truth = [box_frame([label] * len(b), b) for b in (found[i]["truth"].boxes for i in rows)]
+        score, best = np.array([self.boxes[i] for i in rows]).T
+        order = np.argsort(-score, kind="stable")
+        hit, n_truth = best[order] >= np.array(PAPER_IOUS)[:, None], [len(found[i]["truth"].boxes) for i in rows]
         among = counts[:, [found[i]["study"] for i in rows]]
-        return average_precisions([self.boxes[i] for i in rows], truth, [label], PAPER_IOUS, among)[0]
+        return weighted_average_precision(Matches(order, hit, np.array(n_truth)), among).mean(0)
 
 # %% ../../nbs/9_tasks/16_localise.ipynb #28f2254a
 def measure_all(
@@ -360,7 +364,7 @@ def measure_all(
             if pixels is not None:
                 place = slice(None), q["study"], labels.index(q["label"])
                 rates[kind].values[place] = measure(pixels, q["truth"], thresholds, cuts[kind])
-                box = _frame(q["label"], map_box(pixels, cuts[kind]))
+                box = measure_box(map_box(pixels, cuts[kind]), q["truth"])
             rates[kind].boxes.append(box)
     return rates
 
