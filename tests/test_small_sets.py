@@ -27,7 +27,7 @@ from medvlp.tasks.report import ReportOptions, report
 from medvlp.tasks.retrieval import RetrievalOptions
 from medvlp.tasks.zero_shot import ZeroShotOptions
 
-TASKS = ["probe", "retrieval", "zero_shot", "pointing", "reconstruction"]
+TASKS = ["probe", "retrieval", "zero_shot", "pointing", "localise", "reconstruction"]
 LABELS = ["effusion", "nodule"]
 PROMPTS = """findings:
   effusion: {positive: [Large effusion.], negative: [No effusion.]}

@@ -154,7 +154,7 @@ def mark_best(
 
 # %% ../../nbs/tables/00_scoreboard.ipynb #d4340d14
 GROUPS = {  # heading: tasks
-    "Frozen encoders": ["probe", "retrieval", "zero_shot", "pointing", "reconstruction"],
+    "Frozen encoders": ["probe", "retrieval", "zero_shot", "pointing", "localise", "reconstruction"],
     "Fine-tuned models": ["finetune", "report", "answer", "detect", "segment"],
     "Cyclic generation": ["vqgan", "codebook", "cycle_report", "cycle_image", "cycle"],
 }

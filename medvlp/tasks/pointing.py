@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POINTING', 'word_spans', 'named_words', 'visible_boxes', 'inside', 'centres', 'peak_hit', 'overlap', 'StudyMaps',
-           'study_maps', 'boxes_of', 'usual_places', 'mentions', 'questions', 'answer', 'pointing_table', 'pointing',
-           'pointing_scores']
+           'study_maps', 'boxes_of', 'usual_places', 'mentions', 'questions', 'WordMap', 'with_maps', 'answer',
+           'pointing_table', 'point', 'pointing', 'pointing_scores']
 
 # %% ../../nbs/9_tasks/04_pointing.ipynb #a66a2f02
 from itertools import groupby
@@ -188,20 +188,42 @@ def questions(
     found = mentions(tokenizer, studies, *args, **kwargs) if any(studies["boxes"]) else []
     return [m for m in found if len(m["boxes"])]
 
+# %% ../../nbs/9_tasks/04_pointing.ipynb #0bb01d83
+class WordMap(NamedTuple):
+    "The mean map of some words of a report"
+
+    weights: np.ndarray  # [N] of the patches, sum 1
+    places: np.ndarray  # [N,4] the box of each patch, x0, y0, x1, y1 as fractions of the square
+    grid: tuple[int, int]  # rows, columns
+
+
+def with_maps(
+    model,
+    tokenizer,  # a loaded method with token maps, and its tokenizer
+    studies,  # of the mentions
+    found: list[dict],  # of `mentions`, study by study
+    **options,  # as for `study_maps`
+) -> list[dict]:  # the same, each with `map`, a WordMap
+    "The maps of the words that name each finding"
+    by_study = {i: list(group) for i, group in groupby(found, lambda m: m["study"])}
+    out = []
+    for group, x in zip(by_study.values(), study_maps(model, tokenizer, studies.select(list(by_study)), **options)):
+        out += [m | dict(map=WordMap(x.word_to_patch[m["words"]].mean(0), x.places, x.grid)) for m in group]
+    return out
+
 # %% ../../nbs/9_tasks/04_pointing.ipynb #b798bce4
 _RATES = ["hit_rate", "centre", "best_place", "random", "ceiling", "fixed", "overlap", "fixed_overlap"]
 
 
 def answer(
-    question: dict,  # of `questions`
-    maps: StudyMaps,  # of its study
+    question: dict,  # of `with_maps`
     usual: dict,  # of `usual_places` for the same grid
     tolerance: float = 0.0,  # as for `inside`
 ) -> dict:  # each 0 to 1: hit_rate, centre, best_place, random, ceiling, fixed, overlap, fixed_overlap
-    "Hit or miss of one question, by the mean map of its words and by the baselines"
+    "Hit or miss of one question, by its map and by the baselines"
     boxes, label = question["boxes"], question["label"]
-    places, fixed_places = maps.places, grid_boxes(maps.grid).numpy()
-    weights = maps.word_to_patch[question["words"]].mean(0)
+    weights, places, grid = question["map"]
+    fixed_places = grid_boxes(grid).numpy()
     hits, fixed = (inside(centres(x), boxes, tolerance) for x in (places, fixed_places))
     best = peak_hit(usual[label], fixed) if label in usual else np.nan
     rates = [peak_hit(weights, hits), inside([[0.5, 0.5]], boxes, tolerance)[0], best, hits.mean(), hits.any()]
@@ -237,6 +259,22 @@ def pointing_table(
     return table.rename(columns=dict(hit_rate_low="low", hit_rate_high="high"))
 
 # %% ../../nbs/9_tasks/04_pointing.ipynb #4ba039b9
+def point(
+    found: list[dict],  # of `with_maps`, each with a box
+    patient_ids,  # [N] of all test studies
+    train,  # training studies, for the best place
+    size: int,  # pixels of the encoder's square
+    labels=(),  # the findings; empty: every finding with a question
+    tolerance: float = 0.0,  # widens boxes, as a fraction of the image's side
+    n_resamples: int = 1000,
+    seed: int = 0,  # of the resamples
+) -> pd.DataFrame:  # of `pointing_table`
+    "The pointing game with maps that are there already"
+    usual = usual_places(train, size, found[0]["map"].grid, tolerance)
+    answers, names = [answer(q, usual, tolerance) for q in found], list(labels) or sorted({q["label"] for q in found})
+    return pointing_table(found, answers, names, patient_ids, n_resamples, seed)
+
+# %% ../../nbs/9_tasks/04_pointing.ipynb #5c907430
 def pointing(
     model,
     tokenizer,  # a loaded method and its tokenizer
@@ -257,14 +295,8 @@ def pointing(
     found = questions(tokenizer, studies, size, labels, **reading) if aligns else []
     if not found:
         return pd.DataFrame(columns=["label", "hit_rate"])
-    by_study, answers, usual = {i: list(g) for i, g in groupby(found, lambda q: q["study"])}, [], None
-    pictured = studies.select(list(by_study))
-    for group, maps in zip(by_study.values(), study_maps(model, tokenizer, pictured, **reading, **options)):
-        if usual is None:
-            usual = usual_places(train, size, maps.grid, tolerance)
-        answers += [answer(q, maps, usual, tolerance) for q in group]
-    names = list(labels) or sorted({q["label"] for q in found})
-    return pointing_table(found, answers, names, studies["patient_id"][:], n_resamples, seed)
+    found = with_maps(model, tokenizer, studies, found, **reading, **options)
+    return point(found, studies["patient_id"][:], train, size, labels, tolerance, n_resamples, seed)
 
 # %% ../../nbs/9_tasks/04_pointing.ipynb #dd227059
 POINTING = ["hit rate", "gain on best place", "gain on fixed patch", "box IoU", "box IoU gain on fixed patch"]
