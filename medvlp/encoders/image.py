@@ -205,9 +205,17 @@ def _feature_maps(
     x: Tensor,  # [B,in_chans,H,W], normalised
 ):  # the last map, and the one that patches come from
     if self.stage is None:
-        return (maps := self.net.forward_features(x)), maps
+        return (maps := self.net.forward_features(x)), self._channels_first(maps)
     maps, (chosen,) = self.net.forward_intermediates(x, indices=[self.stage])
     return maps, chosen
+
+
+@patch
+def _channels_first(
+    self: ImageEncoder,
+    maps: Tensor,  # the last map as the network returns it; a Swin transformer has its channels last
+) -> Tensor:  # [B,D,rows,cols] of a convolutional net, or [B,P+N,D] of a ViT
+    return maps.permute(0, 3, 1, 2) if getattr(self.net, "output_fmt", None) == "NHWC" else maps
 
 
 @patch
