@@ -31,7 +31,7 @@ from datasets import (
     load_from_disk,
 )
 from PIL.Image import Resampling
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, field_validator, model_validator
 from tqdm import tqdm
 from .images import ImageError, pad, read_mask, read_picture, shrink
 from .reports import MIN_WORDS, clean, count_words, report_text
@@ -60,6 +60,24 @@ class LabelPolicy(Options):
     uncertain: Literal["dropped", "negative", "positive", "auto"] = Field(
         "auto", description="a label that is uncertain; auto: what the source says, or dropped"
     )
+
+# %% ../../nbs/1_data/06_prepare.ipynb #7cfea28c
+def _check_mask_values(
+    classes: dict[str, int],  # {name: value in the masks}
+    ignored: list[int],  # values that are neither a class nor background
+) -> None:
+    "Raise `ValueError` unless every value of a mask means one thing"
+    if wrong := [value for value in ignored if not 0 < value < 2**16]:
+        problem = "the background" if wrong[0] == 0 else "no value of a mask"
+        raise ValueError(f"mask_ignore: {wrong[0]} is {problem}. Give values from 1 to 65535.")
+    meaning = {0: "the background"} | dict.fromkeys(ignored, "what mask_ignore leaves out")
+    for name, value in classes.items():
+        if not 0 <= value < 2**16:
+            raise ValueError(f"mask_classes: {name} is {value}, but a mask has values from 1 to 65535.")
+        if value in meaning:
+            problem = f"mask_classes: {name} is {value}, and so is {meaning[value]}"
+            raise ValueError(f"{problem}. Give each class a value of its own.")
+        meaning[value] = name
 
 # %% ../../nbs/1_data/06_prepare.ipynb #9cb4f422
 class DataOptions(Options):
@@ -92,6 +110,12 @@ class DataOptions(Options):
     )
     labels: list[str] = Field([], description="the labels that tasks use; empty: all")
     label_policy: LabelPolicy = Field(LabelPolicy(), description="what blank and uncertain labels count as")
+    mask_classes: dict[str, int] = Field(
+        {}, description="the value that marks each class in the masks: {lung: 255}; empty: those that the source names"
+    )
+    mask_ignore: list[int] = Field(
+        [], description="values of the masks that say neither class nor background; empty: those that the source names"
+    )
 
     @field_validator("where", mode="before")
     @classmethod
@@ -108,6 +132,11 @@ class DataOptions(Options):
     def _sum_to_one(cls, fractions):
         check_fractions(fractions)
         return fractions
+
+    @model_validator(mode="after")
+    def _one_meaning(self):
+        _check_mask_values(self.mask_classes, self.mask_ignore)
+        return self
 
 # %% ../../nbs/1_data/06_prepare.ipynb #2fe18495
 _CONTENT = {"image", "mask", "findings", "impression", "labels", "boxes", "questions"}
@@ -232,6 +261,17 @@ def policy_text(
     words = f"{_BLANK[policy['blank']]}, an uncertain one is {_UNCERTAIN[policy['uncertain']]}"
     return words if manifest["labels"] else ""
 
+# %% ../../nbs/1_data/06_prepare.ipynb #df251fa4
+def _mask_meaning(
+    options: DataOptions,
+    own: dict = {},  # of the source: mask_classes, mask_ignore
+) -> dict:  # mask_classes {name: value}, mask_ignore [values]
+    "What the values of masks mean: by the options, else by the source"
+    known = {name: v for name, v in own.get("mask_classes", {}).items() if v not in options.mask_ignore}
+    classes = options.mask_classes or known
+    ignored = [v for v in own.get("mask_ignore", []) if v not in classes.values()]
+    return dict(mask_classes=dict(classes), mask_ignore=options.mask_ignore or ignored)
+
 # %% ../../nbs/1_data/06_prepare.ipynb #b694c3c7
 def _report_problem(study, sections):
     "The column at fault and the reason why a report makes no pair, or two empty texts"
@@ -262,7 +302,10 @@ def _prepare_mask(study, picture, options, quarantine):
     if not study["mask"]:
         return None
     try:
-        return _stored(read_mask(study["mask"], picture), options, nearest=True)
+        mask = read_mask(study["mask"], picture)
+        if mask.size != picture.image.size:  # of two scales, the sides could be rounded differently
+            mask = mask.resize(picture.image.size, Resampling.NEAREST)
+        return _stored(mask, options, nearest=True)
     except ImageError as e:
         quarantine.add(study, "mask", str(e), "segmentation")
         return None
@@ -484,6 +527,39 @@ def _count(ds: Dataset, quarantine: Quarantine) -> dict:
         quarantine_reasons=_count_reasons(quarantine),
     )
 
+# %% ../../nbs/1_data/06_prepare.ipynb #5b31a277
+def _mask_values(ds):
+    "{split: {value: studies whose mask has it}}, without the background"
+    values = {split: Counter() for split in sorted(set(ds["split"][:]))}
+    for split, mask in zip(ds["split"][:], ds["mask"]):
+        if mask is not None:
+            values[split].update(np.flatnonzero(np.bincount(np.asarray(mask).ravel())).tolist())
+    return {split: {v: n for v, n in counts.items() if v} for split, counts in values.items()}
+
+
+def _count_boxes(ds):
+    "{split: {label: boxes}}, every label in every split"
+    counts = {split: Counter() for split in sorted(set(ds["split"][:]))}
+    for split, boxes in zip(ds["split"][:], ds["boxes"][:]):
+        counts[split].update(o["label"] for o in boxes)
+    labels = sorted({label for c in counts.values() for label in c})
+    return {split: {label: c[label] for label in labels} for split, c in counts.items()}
+
+
+def _count_places(ds, options, facts):
+    "Boxes and masks of a manifest by class and split, and the classes that the masks show"
+    values, total = _mask_values(ds), Counter()
+    for counts in values.values():
+        total.update(counts)
+    classes = {name: v for name, v in facts["mask_classes"].items() if v in total or name in options.mask_classes}
+    known = {*classes.values(), *facts["mask_ignore"]}
+    return dict(
+        boxes_by_class=_count_boxes(ds),
+        mask_classes=classes,
+        masks_by_class={s: {name: n.get(v, 0) for name, v in classes.items()} for s, n in values.items()},
+        unnamed_values=[v for v, n in total.most_common() if v not in known][:8],
+    )
+
 # %% ../../nbs/1_data/06_prepare.ipynb #e04bc0c2
 def save_studies(
     ds: Dataset,  # of prepare_studies
@@ -511,11 +587,12 @@ def write_manifest(
     "Write what a set contains, and what was set aside"
     quarantine.frame().to_csv(output / "quarantine.csv", index=False)
     name = collection_folder(options.folder).resolve().name
-    facts = dict(title=options.title or name, label_policy=_policy(options)) | facts
+    facts = dict(title=options.title or name, label_policy=_policy(options), **_mask_meaning(options)) | facts
     chosen = options.model_dump(include={"source", "folder", "where", "image_size", "square"})
     packages = dict(versions={name: version(name) for name in ("datasets", "pillow")}, fingerprint=ds._fingerprint)
     leaks = find_leaks(ds, np.load(output / GRIDS))
-    manifest = facts | chosen | packages | _count(ds, quarantine) | dict(leaks=leaks)
+    counts = _count(ds, quarantine) | _count_places(ds, options, facts)
+    manifest = facts | chosen | packages | counts | dict(leaks=leaks)
     (output / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
 
@@ -596,6 +673,8 @@ def _content_remarks(manifest, options):
         yield "no study has a report: nothing can be trained on reports, retrieved or generated"
     if not manifest["labels"]:
         yield "no study has labels: nothing can be classified"
+    if values := ", ".join(map(str, manifest["unnamed_values"])):
+        yield f"values of masks that count as background: {values}. The option mask_classes gives them names"
     policy, n = manifest["label_policy"], manifest["label_changes"]
     changes = [f"{n[kind]} {kind} labels count as {policy[kind]}" for kind in n if n[kind]]
     if changes:
@@ -699,6 +778,7 @@ def prepare(
     ds, quarantine = prepare_studies(studies, options, option, output=output, **how)
     facts = dict(title=_title(studies, options), label_policy=_policy(options, studies.attrs.get("label_policy", {})))
     facts |= dict(label_changes=_label_changes(ds, studies), licence=studies.attrs.get("licence", ""))
+    facts |= _mask_meaning(options, studies.attrs)
     manifest = write_manifest(ds, quarantine, options, Path(output), **facts)
     remarks = [*_split_remarks(manifest, drawn, options, option), *_content_remarks(manifest, options)]
     remarks += [f"warning: {line}" for line in leak_text(manifest["leaks"])]

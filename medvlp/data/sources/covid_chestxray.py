@@ -102,5 +102,7 @@ def covid_chestxray(
         licence="per image, see the column license; most are CC BY-NC-SA",
         keys=dict(study_id="filename", patient_id="patientid"),
         image_path=f"{folder} / folder (or images) / filename",
+        mask_classes=dict(lung=255),
+        mask_ignore=[127],
     )
     return studies

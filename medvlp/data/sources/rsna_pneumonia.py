@@ -84,5 +84,6 @@ def rsna_pneumonia(
         licence="rules of the RSNA Pneumonia Detection Challenge, academic research and education",
         keys=dict(study_id="patientId", patient_id="patientId"),
         image_path=f"{folder} / stage_2_train_images / patientId.dcm",
+        mask_classes=dict(pneumonia=1),
     )
     return studies

@@ -74,5 +74,6 @@ def siim_acr(
         licence="rules of the SIIM-ACR Pneumothorax Segmentation challenge on Kaggle",
         keys=dict(study_id="ImageId", patient_id="ImageId"),
         image_path=f"{folder} / dicom-images-train or -test / STUDY / SERIES / ImageId.dcm",
+        mask_classes=dict(pneumothorax=1),
     )
     return studies

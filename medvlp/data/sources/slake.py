@@ -9,7 +9,7 @@ __all__ = ['slake']
 from pathlib import Path
 import pandas as pd
 from .base import one_hot, question_study, read_json, read_questions
-from ..studies import StudyError
+from ..studies import StudyError, short
 
 # %% ../../../nbs/1_data/sources/05_slake.ipynb #5d76a99c
 _KEYS = ["img_name", "question", "answer", "q_lang", "answer_type", "content_type", "location", "modality"]
@@ -49,13 +49,34 @@ def _boxes(path: Path) -> list[dict]:
         rule = 'Give [{"Liver": [x, y, width, height]}] in pixels of the image.'
         raise StudyError(f"{path}: holds no list of boxes. {rule}") from None
 
+# %% ../../../nbs/1_data/sources/05_slake.ipynb #639fc36f
+def _mask_classes(path: Path) -> dict[str, int]:  # {name: value}
+    "What the values in the masks mean"
+    if not path.is_file():
+        raise StudyError(f"{path}: no such file. Copy it again: it says what the values in the masks mean.")
+    classes = {}
+    for i, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+        value, _, name = line.partition(":")
+        if line.strip() and not (value.strip().isdecimal() and name.strip()):
+            problem = f"{path}, line {i}: {short(line)!r} is not a value and a name"
+            raise StudyError(f"{problem}. Give lines like 70:Liver.")
+        if line.strip():
+            classes[_name(name)] = int(value)
+    return classes
+
 # %% ../../../nbs/1_data/sources/05_slake.ipynb #622259f6
+def _mask(image: Path, modality: str) -> str:
+    "The path of an image's mask; empty if there is none, as of every X-ray, beside which lies another picture"
+    path = image.with_name("mask.png")
+    return str(path) if modality != "X-Ray" and path.is_file() else ""
+
+
 def _study(folder, name, questions):
     "One image with its questions in the canonical columns"
-    image, organ = folder / "imgs" / name / "source.jpg", questions[0]["organ"]
-    boxes = _boxes(image.with_name("detection.json"))
-    study = question_study(name, image, questions, labels=one_hot(organ, _ORGANS), boxes=boxes)
-    return study | dict(image_organ=organ, modality=questions[0]["modality"])
+    image, organ, modality = folder / "imgs" / name / "source.jpg", questions[0]["organ"], questions[0]["modality"]
+    places = dict(boxes=_boxes(image.with_name("detection.json")), mask=_mask(image, modality))
+    study = question_study(name, image, questions, labels=one_hot(organ, _ORGANS), **places)
+    return study | dict(image_organ=organ, modality=modality)
 
 # %% ../../../nbs/1_data/sources/05_slake.ipynb #6000c97b
 def slake(
@@ -79,5 +100,6 @@ def slake(
         keys=dict(study_id="img_name", patient_id="img_name"),
         image_path=f"{folder} / imgs / img_name",
         notes=[f"questions in other languages, left out: {foreign}"] if foreign else [],
+        mask_classes=_mask_classes(folder / "mask.txt") if studies["mask"].any() else {},
     )
     return studies
