@@ -375,22 +375,27 @@ def seeded(
 class _Chain:
     "torchvision transforms applied to one image; the same numbers as `v2.Compose`, without its bookkeeping"
 
-    def __init__(self, *transforms):
-        self.transforms = transforms
+    def __init__(self, geometric, *photometric):
+        self.transforms, self.n_geometric = (*geometric, *photometric), len(geometric)
 
     def __call__(
         self,
         image,
-        *more,  # tv_tensors of the image's size, such as BoundingBoxes and Mask, which move with it
+        *more,  # BoundingBoxes and Mask of the image's size, which move with it; anything else stays as it is
     ):  # the image, or a tuple of all
-        if not more:
-            for t in self.transforms:
-                image = t.transform(image, t.make_params([image]))
-            return image
-        inputs = image, *more
-        for t in self.transforms:
-            inputs = t(*inputs)
-        return inputs
+        for i, t in enumerate(self.transforms):
+            params = t.make_params([image])
+            image = t.transform(image, params)
+            if more and i < self.n_geometric:
+                more = [_moved(x, t, params) for x in more]
+        return (image, *more) if more else image
+
+
+def _moved(x, transform, params):
+    "Boxes or a mask transformed as their image was; anything else as it is"
+    from torchvision.tv_tensors import TVTensor
+
+    return transform.transform(x, params) if isinstance(x, TVTensor) else x
 
 # %% ../../nbs/1_data/01_images.ipynb #88980d91
 def train_transform(
@@ -404,8 +409,7 @@ def train_transform(
 
     rotation = [v2.RandomAffine(degrees, interpolation=v2.InterpolationMode.BILINEAR)] if degrees else []
     return _Chain(
-        *rotation,
-        v2.RandomCrop(size, pad_if_needed=True),
+        [*rotation, v2.RandomCrop(size, pad_if_needed=True)],
         v2.PILToTensor(),
         v2.ToDtype(torch.float32, scale=True),
         v2.ColorJitter(contrast, contrast),
