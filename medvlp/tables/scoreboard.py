@@ -38,6 +38,8 @@ METRICS = [
     ["report", "finding F1 over nearest"],
     ["report", "CIDEr"],
     ["answer", "accuracy"],
+    ["detect", "mAP 100 %"],
+    ["segment", "Dice 100 %"],
     ["codebook", "keyword F1"],
     ["cycle_report", "finding F1"],
     ["cycle_image", "finding AUROC macro"],
