@@ -236,7 +236,7 @@ def test_detected_judges_each_image(whole):
 @pytest.mark.parametrize("wrong", [dict(strides=[]), dict(fractions=[0.0]), dict(nms_iou=1.5), dict(annotated="some")])
 def test_bad_options_are_refused(wrong):
     with pytest.raises(ConfigError):
-        validate(DetectOptions, wrong, "tasks.detect", "params.yaml")
+        validate(DetectOptions, wrong, "params.yaml: tasks.detect")
 
 
 # Average precision

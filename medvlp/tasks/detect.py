@@ -72,7 +72,7 @@ class Detector(DownstreamModel):
         terms = yolo_loss(logits, boxes, labels, grid, self.config.image["image_size"])
         return dict(loss=sum(terms.values()), logits=logits)
 
-# %% ../../nbs/9_tasks/14_detect.ipynb #d30ca778
+# %% ../../nbs/9_tasks/14_detect.ipynb #736ff3ea
 def build_detector(
     model,  # of methods.base; stays as it is: its image encoder is copied
     shapes: Tensor,  # [N,2] widths and heights of the training boxes, in pixels of the square
@@ -82,7 +82,7 @@ def build_detector(
     seed: int = 0,  # of the anchors
 ) -> Detector:
     "A detector with a fresh head and anchors that fit the boxes, on a method's image encoder"
-    strides, A = sorted(options.strides), options.anchors_per_stride
+    strides, A = sorted(set(options.strides)), options.anchors_per_stride
     anchors = fit_anchors(shapes, len(strides) * A, seed).view(len(strides), A, 2)
     own = dict(labels=list(labels), strides=strides, anchors=anchors.tolist(), width=options.width)
     own |= dict(min_score=options.min_score, nms_iou=options.nms_iou)
