@@ -12,7 +12,6 @@ from transformers import set_seed
 
 from medvlp.data.prepare import DataOptions, load_studies, png, prepare, read_manifest, study_features
 from medvlp.encoders import image
-from medvlp.encoders.image import image_config
 from medvlp.methods.base import build_method
 from medvlp.project.config import ComputeOptions
 from medvlp.tasks.segment import Segmenter, SegmentOptions, Truth, find_truth, segment, segmented, survey
@@ -218,7 +217,7 @@ def test_a_class_that_no_mask_has(tmp_path):
 def test_encoders_of_other_kinds(name, tmp_path):
     vit = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
     pvt = dict(depths=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32], num_heads=[1, 1, 1, 1])
-    config = image_config(name, image_size=32, options=vit if "vit" in name else pvt)
+    config = dict(name=name, image_size=32, options=vit if "vit" in name else pvt)
     model = train(tmp_path, image=config, epochs=1)
     assert_equal(model.encoder, make_method(config).image_encoder)
     assert model.predict(make()[0]["image"])[0].shape == (36, 40)
