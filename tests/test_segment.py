@@ -10,9 +10,8 @@ import datasets, numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from transformers import set_seed
 
-from medvlp.data.images import encode_mask
 from medvlp.data.prepare import DataOptions, load_studies, png, prepare, read_manifest, study_features
-from medvlp.encoders.image import ImageEncoder, image_config
+from medvlp.encoders import image
 from medvlp.methods.base import build_method
 from medvlp.project.config import ComputeOptions
 from medvlp.tasks.segment import Segmenter, SegmentOptions, Truth, find_truth, segment, segmented, survey
@@ -218,28 +217,35 @@ def test_a_class_that_no_mask_has(tmp_path):
 def test_encoders_of_other_kinds(name, tmp_path):
     vit = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
     pvt = dict(depths=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32], num_heads=[1, 1, 1, 1])
-    image = image_config(name, image_size=32, options=vit if "vit" in name else pvt)
-    model = train(tmp_path, image=image, epochs=1)
-    assert_equal(model.encoder, make_method(image).image_encoder)
+    config = dict(name=name, image_size=32, options=vit if "vit" in name else pvt)
+    model = train(tmp_path, image=config, epochs=1)
+    assert_equal(model.encoder, make_method(config).image_encoder)
     assert model.predict(make()[0]["image"])[0].shape == (36, 40)
 
 
 def test_an_encoder_without_maps_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(ImageEncoder, "_stages", lambda self: [])
+    def without_maps(*args):
+        net = build(*args)
+        net.feature_info = []
+        return net
+
+    build = image._build
+    monkeypatch.setattr(image, "_build", without_maps)
     with pytest.raises(ValueError, match="does not give its feature maps, which this task needs"):
         run(tmp_path)
 
 
 def test_masks_of_another_size_are_prepared(tmp_path):
-    "At half the scale it gets the picture's stored size, with other proportions it is set aside; run lengths are read"
+    "At half the scale it gets the picture's stored size, with other proportions it is set aside"
     rows, r = [], np.random.default_rng(0)
     for i, size in enumerate([(123, 101), (61, 50), (123, 60), (123, 101)]):
         Image.fromarray(r.integers(0, 255, (101, 123)).astype(np.uint8)).save(tmp_path / f"{i}.png")
         values = np.zeros(size[::-1], np.uint8)
         values[10:30, 10:40] = 1
         Image.fromarray(values).save(tmp_path / f"mask-{i}.png")
-        mask = encode_mask(values == 1) if i == 3 else f"mask-{i}.png"
-        rows.append(dict(file_name=f"{i}.png", patient_id=i, findings="Some words here.", mask_file_name=mask))
+        rows.append(
+            dict(file_name=f"{i}.png", patient_id=i, findings="Some words here.", mask_file_name=f"mask-{i}.png")
+        )
     pd.DataFrame(rows).to_csv(tmp_path / "metadata.csv", index=False)
     prepare(DataOptions(folder=str(tmp_path), image_size=48, mask_classes=dict(lung=1)), tmp_path / "prepared")
     studies, manifest = load_studies(tmp_path / "prepared"), read_manifest(tmp_path / "prepared")

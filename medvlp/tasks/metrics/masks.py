@@ -85,7 +85,7 @@ def mean_score(
 
 # %% ../../../nbs/9_tasks/metrics/06_masks.ipynb #efcb1736
 _GRID = 64  # cells on a side
-_THRESHOLDS = np.r_[np.linspace(0.05, 1, 20), np.inf]  # as fractions of the largest mean
+_THRESHOLDS = np.r_[np.linspace(0.05, 1, 20), 2.0]  # as fractions of the largest mean, which the last exceeds
 
 
 def _at(grid, shape):
