@@ -63,6 +63,7 @@ CYCLE = dict(
     compare=dict(niqe_patch=16, fid_splits=2, n_resamples=20),
     n_resamples=20,
 )
+PLACED = dict(rsna_pneumonia=write_rsna, siim_acr=write_siim, object_cxr=write_object_cxr)
 PLACES = dict(
     data={"hospital-a": None},
     pretrain=dict(data=["covid"]),
@@ -160,7 +161,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv(RUNNER, "1")
     for name in ("nbs", "assets", "dvc.yaml"):
         Path(name).symlink_to(ROOT / name)
-    for source, write in WRITERS.items():
+    for source, write in WRITERS.items() | PLACED.items():
         write(tmp_path / source)
     write_clip(tmp_path / "clip", train_tokenizer([*FINDINGS.values()], 60, 1))
 
@@ -170,7 +171,7 @@ def test_every_experiment_on_a_public_set_is_here():
     assert {name for name in names if public(name)} == set(OWN_SIZES)
 
 
-SLOW = ["aga", "mpma", "mimic-cxr", "amf-lambda", "amf-teachers", "covid-chestxray", "places"]  # the others share most stages
+SLOW = ["aga", "mpma", "mimic-cxr", "amf-lambda", "amf-teachers", "covid-chestxray", "places", "mgca-places"]
 
 
 @pytest.mark.parametrize(

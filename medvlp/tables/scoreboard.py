@@ -39,7 +39,7 @@ METRICS = [
     ["report", "CIDEr"],
     ["answer", "accuracy"],
     ["detect", "mAP 100 %"],
-    ["segment", "Dice 100 %"],
+    ["segment", "pooled Dice 100 %"],
     ["codebook", "keyword F1"],
     ["cycle_report", "finding F1"],
     ["cycle_image", "finding AUROC macro"],

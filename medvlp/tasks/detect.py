@@ -100,7 +100,7 @@ class DetectOptions(DownstreamOptions):
     encoder_learning_rate: NonNegativeFloat = Field(
         0.0, description="peak learning rate of the encoder; 0: it stays frozen, as in MGCA's Table 2"
     )
-    labels: Auto | list[str] = Field("auto", description="classes to detect; auto: all of the training boxes")
+    labels: Auto | list[str] = Field("auto", description="classes to detect; auto: the set's labels that have boxes, or all of the training boxes")
     annotated: Literal["all", "with_boxes"] = Field(
         "all", description="studies whose boxes are known: all, so that an image without boxes has no finding; or some"
     )
@@ -250,18 +250,19 @@ def _names(truths):
 def detection_labels(
     train: list[pd.DataFrame],  # tables of the training studies
     labels="auto",  # or the wanted ones
+    own=(),  # labels of the set: with `auto` those of them that have boxes, if any has
 ) -> list[str]:  # K
     "The classes to detect; ConfigError for one that no training study has"
     found = _names(train)
     if labels == "auto":
-        return sorted(found)
+        return [name for name in own if name in found] or sorted(found)
     if missing := [name for name in labels if name not in found]:
         problem = 'labels: no training study has a box "{}" in the encoder\'s square: {}'
         raise ConfigError(*(problem.format(name, did_you_mean(name, found)) for name in missing))
     return list(labels)
 
 # %% ../../nbs/9_tasks/14_detect.ipynb #f85ab8ad
-def _lacking(truths, rows, options, patients):
+def _lacking(truths, rows, options, patients, own=()):
     "Why a set cannot be used, in one line; empty where it can"
     if not any(map(len, truths)):
         return "the set has no boxes; give them in the column boxes of metadata.csv"
@@ -272,7 +273,7 @@ def _lacking(truths, rows, options, patients):
         return f"{found}; at least 2 are needed, one of them with a box"
     if (n := len(set(patients[rows["test"]]))) < 2:
         return f"test patients with annotated studies: {n}, but intervals need at least 2"
-    labels = detection_labels(train, options.labels)
+    labels = detection_labels(train, options.labels, own)
     if not _names(test) & set(labels):
         return f"no test study has a box of these classes: {', '.join(labels)}"
     return ""
@@ -315,6 +316,7 @@ def detect(
     model,  # of methods.base, with an encoder that has feature maps; stays as it is
     studies,  # of load_studies, with their split and boxes
     options: DetectOptions,
+    labels=(),  # names of labels of the set, see `detection_labels`
     *,
     seed: int = 0,  # of subsets, head, order and augmentation
     compute: ComputeOptions = ComputeOptions(),
@@ -326,10 +328,10 @@ def detect(
     map_channels(model.image_encoder)  # ValueError for an encoder without maps
     rows, patients = annotated_rows(studies, options.annotated), np.asarray(studies["patient_id"][:])
     truths = true_boxes(studies, model.config.image["image_size"])
-    if reason := _lacking(truths, rows, options, patients):
+    if reason := _lacking(truths, rows, options, patients, labels):
         return no_result(reason, output)
     train, test = (_some(truths, rows[name]) for name in ("train", "test"))
-    labels = detection_labels(train, options.labels)
+    labels = detection_labels(train, options.labels, labels)
     counts = resample(patients[rows["test"]], options.n_resamples, seed)
     folder, sizes = stage_checkpoints(checkpoints, output), []
 

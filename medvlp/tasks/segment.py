@@ -8,6 +8,7 @@ __all__ = ['SegmentOptions', 'Truth', 'find_truth', 'Survey', 'survey', 'class_t
 
 # %% ../../nbs/9_tasks/15_segment.ipynb #9e254a41
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -30,14 +31,17 @@ from ..encoders.pretrained import DownstreamConfig, DownstreamModel, as_list, op
 from ..encoders.pyramid import Pyramid, encoder_maps, map_channels
 from ..project.config import ComputeOptions, ConfigError, did_you_mean
 from .finetune import fill_statistics, known_bce
-from .metrics.intervals import few_labels_note, few_note, join_notes, resample, weighted_mean, with_macro
-from .metrics.masks import IGNORED, MEASURES, count_pixels, dice, mean_score, on_grid, place_scores
-from .metrics.masks import stack_pixels, usual_places
+from .metrics.intervals import few_labels_note, few_note, join_notes, resample, with_macro
+from .metrics.masks import IGNORED, MEASURES, POOLED, count_pixels, dice, image_terms, mean_score, on_grid
+from .metrics.masks import over_images, place_scores, stack_pixels, usual_places
 from .metrics.scores import TaskResult, by_label, no_result
 from .probe import Learnt, learn_from_few, probe_names, probe_scores
 from ..training.downstream import DownstreamOptions, PlacedExamples, fit, stage_checkpoints, stored_size
 
 # %% ../../nbs/9_tasks/15_segment.ipynb #5e7fa57a
+_MEASURES = (*MEASURES, POOLED)
+
+
 class SegmentOptions(DownstreamOptions):
     "How a U-Net decoder is trained on fractions of the masks"
 
@@ -52,7 +56,7 @@ class SegmentOptions(DownstreamOptions):
         "auto", description="what is segmented: masks, or boxes filled as masks; auto: masks where the set has them"
     )
     labels: Literal["auto"] | list[str] = Field(
-        "auto", description="classes to segment; auto: all that the set's masks, or its boxes, name"
+        "auto", description="classes to segment; auto: the set's labels that its masks, or boxes, name, or all of these"
     )
     decoder_channels: list[PositiveInt] = Field(
         [256, 128, 64, 32, 16],
@@ -69,7 +73,7 @@ class SegmentOptions(DownstreamOptions):
 
     def metric_names(self) -> dict[str, list[str]]:
         "What the task measures; * stands for a class"
-        return dict(segment=by_label(probe_names(self.fractions, MEASURES)))
+        return dict(segment=by_label(probe_names(self.fractions, _MEASURES)))
 
 # %% ../../nbs/9_tasks/15_segment.ipynb #775a1d31
 class Truth:
@@ -114,6 +118,7 @@ def find_truth(
     studies,  # of load_studies
     manifest: dict,  # of the same set
     options: SegmentOptions,
+    own=(),  # labels of the set: with `auto` those of them that are drawn, if any is
 ) -> Truth:  # without labels where the set has nothing to segment; ConfigError for a class that it does not name
     "What is to be segmented in a set"
     named = manifest["mask_classes"] if sum(manifest["masks"].values()) else {}
@@ -123,7 +128,7 @@ def find_truth(
         names, values = list(named), named
     if not names:
         return Truth([], None)
-    labels = names if options.labels == "auto" else options.labels
+    labels = [n for n in own if n in names] or names if options.labels == "auto" else options.labels
     if unknown := [label for label in labels if label not in names]:
         what = "boxes" if values is None else "masks"
         raise ConfigError(*(f'labels: no {what} of "{n}" in the set: {did_you_mean(n, names)}' for n in unknown))
@@ -379,54 +384,45 @@ def _lacking(truth, has, split, patients):
     return f"test patients with {what}: {tested}, but intervals need at least 2" if tested < 2 else ""
 
 # %% ../../nbs/9_tasks/15_segment.ipynb #e744bd85
-def _chance(grids, truth, studies):
+def _chance(grids, truth, studies, usable):
     "{measure: [K+1]}, what the usual places of training masks, on the grid, score on the masks of test studies"
     found = {}
     for name, places in usual_places(grids, len(truth.labels)).items():
-        values = MEASURES[name](place_scores(places, map(truth.read, studies)))
-        found[name] = with_macro(weighted_mean(values), ~np.isnan(values).all(0))
+        terms = image_terms(place_scores(places, map(truth.read, studies)), name)
+        found[name] = with_macro(over_images(terms), usable)
     return found
 
 
-def _rows(
-    learnt: Learnt,  # its scores: [S,n,K] of one measure
-    counts,  # [R,n] resamples
-    chance,  # [K+1]
-    names: list[str],  # K
-    has_train,  # [K] bool
-) -> pd.DataFrame:  # K+1 rows, the last is "macro"
-    "The rows of one fraction and measure"
-    values = learnt.scores.mean(0)
-    n = (~np.isnan(values)).sum(0)
-    found, usable = mean_score(values, counts), n > 0
-    each = with_macro([weighted_mean(v) for v in learnt.scores], usable)
-    columns = dict(zip(("value", "low", "high"), found)) | dict(chance=chance, std=each.std(0, ddof=len(each) > 1))
-    columns |= dict(subset_seeds=len(each), n_test=[*n, int((~np.isnan(values).all(1)).sum())])
+def _notes(n, has_train, usable, own):
+    "Of K classes and their mean"
     few = [few_note({"test studies": m}) if m else "no test study has it, left out of the mean" for m in n]
     notes = [join_notes(f, "" if t else "no training study has it") for f, t in zip(few, has_train)]
     of = f"mean of {usable.sum()} classes" if not usable.all() else ""
     notes.append(join_notes(of, few_labels_note([f for f, u in zip(few, usable) if u])))
-    notes = [join_notes(note, learnt.note) for note in notes]
-    return pd.DataFrame(dict(label=[*names, "macro"], **columns, note=notes))
+    return [join_notes(note, own) for note in notes]
 
 # %% ../../nbs/9_tasks/15_segment.ipynb #cb96b51d
 def segment_table(
-    learnt: list[Learnt],  # its scores: [S,n,K,M] of the measures
+    learnt: list[Learnt],  # its scores: [S,n,K,M,2], of the M measures
     names: list[str],  # K classes
     patient_ids,  # [n] of the test studies
     chance: dict,  # {measure: [K+1]}
     has_train,  # [K] bool, which classes the training split has
+    has_test,  # [n,K] bool, which test studies have a class
     n_resamples: int = 1000,  # of the test patients
 ) -> pd.DataFrame:  # fraction, n_labelled, measure, label, value, low, high, chance, std, ..., note
     "Dice and IoU by fraction and class, with intervals over test patients"
-    counts, tables = resample(patient_ids, n_resamples), []
-    for part in learnt:
-        for m, name in enumerate(MEASURES):
-            rows = _rows(part._replace(scores=part.scores[..., m]), counts, chance[name], names, has_train)
-            tables.append(rows.assign(fraction=part.fraction, measure=name, n_labelled=part.n_labelled))
-    table = pd.concat(tables, ignore_index=True)
-    first = ["fraction", "n_labelled", "measure"]
-    return table[[*first, *table.columns.drop(first)]]
+    counts, usable, tables = resample(patient_ids, n_resamples), has_test.any(0), []
+    n, n_all = has_test.sum(0), int(has_test.any(1).sum())
+    for part, (m, name) in product(learnt, enumerate(_MEASURES)):
+        terms = part.scores[..., m, :]
+        each = with_macro([over_images(subset) for subset in terms], usable)
+        rows = dict(zip(("value", "low", "high"), mean_score(terms.mean(0), usable, counts)))
+        rows |= dict(chance=chance[name], std=each.std(0, ddof=len(each) > 1), subset_seeds=len(each))
+        rows |= dict(n_test=[*n, n_all], note=_notes(n, has_train, usable, part.note))
+        facts = dict(fraction=part.fraction, n_labelled=part.n_labelled, measure=name, label=[*names, "macro"])
+        tables.append(pd.DataFrame(facts | rows))
+    return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/9_tasks/15_segment.ipynb #8c3915e4
 def segment(
@@ -434,6 +430,7 @@ def segment(
     studies,  # of load_studies, with their split
     manifest: dict,  # of the same set
     options: SegmentOptions,
+    labels=(),  # names of labels of the set, see `find_truth`
     *,
     seed: int = 0,  # of the decoder, the order and the augmentation
     compute: ComputeOptions = ComputeOptions(),
@@ -442,7 +439,7 @@ def segment(
 ) -> TaskResult:  # table: of segment_table
     "Dice and IoU of a U-Net on a pre-trained encoder, from fractions of the masks, with intervals over test patients"
     Path(output).mkdir(parents=True, exist_ok=True)
-    truth = find_truth(studies, manifest, options)
+    truth = find_truth(studies, manifest, options, labels)
     if not truth.labels:
         return no_result("the set has neither masks with named classes (mask_classes of the set) nor boxes", output)
     looked, split, patients = survey(truth, studies), *(np.asarray(studies[n][:]) for n in ("split", "patient_id"))
@@ -462,15 +459,16 @@ def segment(
         return _scores(segmenter, test, truth, resolve_workers(compute.workers, segmenter.device.type))
 
     learnt = learn_from_few(score, looked.has, split, options.fractions, options.subset_seeds, patient_ids=patients)
-    chance = _chance(looked.grids[rows["train"]], truth, test)
-    has_train = (looked.has[rows["train"]] == 1).any(0)
-    table = segment_table(learnt, truth.labels, patients[rows["test"]], chance, has_train, options.n_resamples)
+    has = {name: looked.has[rows[name]] == 1 for name in ("train", "test")}
+    chance = _chance(looked.grids[rows["train"]], truth, test, has["test"].any(0))
+    facts = patients[rows["test"]], chance, has["train"].any(0), has["test"]
+    table = segment_table(learnt, truth.labels, *facts, options.n_resamples)
     shutil.rmtree(folder)
-    return TaskResult(probe_scores(table), table, headline={f"Dice {100 * max(options.fractions):g} %": "Dice"})
+    return TaskResult(probe_scores(table), table, headline={f"{POOLED} {100 * max(options.fractions):g} %": "Dice"})
 
 
 def _scores(segmenter, studies, truth, workers):
-    "[n,K,M] of the M measures"
+    "[n,K,M,2] of the M measures"
     masks = segmenter.predict(studies["image"], workers=workers)
     pixels = stack_pixels([count_pixels(truth.read(s), m, len(truth.labels)) for s, m in zip(studies, masks)])
-    return np.stack([measure(pixels) for measure in MEASURES.values()], -1)
+    return np.stack([image_terms(pixels, name) for name in _MEASURES], -2)
