@@ -161,7 +161,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv(RUNNER, "1")
     for name in ("nbs", "assets", "dvc.yaml"):
         Path(name).symlink_to(ROOT / name)
-    for source, write in WRITERS.items() | PLACED.items():
+    for source, write in (WRITERS | PLACED).items():
         write(tmp_path / source)
     write_clip(tmp_path / "clip", train_tokenizer([*FINDINGS.values()], 60, 1))
 
@@ -171,6 +171,7 @@ def test_every_experiment_on_a_public_set_is_here():
     assert {name for name in names if public(name)} == set(OWN_SIZES)
 
 
+# the others share most stages
 SLOW = ["aga", "mpma", "mimic-cxr", "amf-lambda", "amf-teachers", "covid-chestxray", "places", "mgca-places"]
 
 

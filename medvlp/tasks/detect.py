@@ -100,7 +100,9 @@ class DetectOptions(DownstreamOptions):
     encoder_learning_rate: NonNegativeFloat = Field(
         0.0, description="peak learning rate of the encoder; 0: it stays frozen, as in MGCA's Table 2"
     )
-    labels: Auto | list[str] = Field("auto", description="classes to detect; auto: the set's labels that have boxes, or all of the training boxes")
+    labels: Auto | list[str] = Field(
+        "auto", description="classes to detect; auto: the set's labels that have boxes, or all of the training boxes"
+    )
     annotated: Literal["all", "with_boxes"] = Field(
         "all", description="studies whose boxes are known: all, so that an image without boxes has no finding; or some"
     )
