@@ -65,7 +65,6 @@ CYCLE = dict(
 )
 PLACED = dict(rsna_pneumonia=write_rsna, siim_acr=write_siim, object_cxr=write_object_cxr)
 PLACES = dict(
-    data={"hospital-a": None},
     pretrain=dict(data=["covid"]),
     methods=dict(
         mgca=dict(options=dict(n_prototypes=3)),
@@ -134,7 +133,9 @@ def public(name):
 def shrunk(name):
     "An experiment with small encoders and budgets, as `dvc exp run -S` would change it"
     folders = dict(data={key: dict(folder=source, image_size=64) for key, source in public(name).items()})
-    return OmegaConf.merge(read_experiment(ROOT / f"experiments/{name}.yaml"), SIZES, folders, OWN_SIZES[name])
+    tree = OmegaConf.merge(read_experiment(ROOT / f"experiments/{name}.yaml"), SIZES, folders, OWN_SIZES[name])
+    tree.data = {key: values for key, values in tree.data.items() if key in public(name)}
+    return tree
 
 
 def run(stage):
