@@ -22,9 +22,10 @@ import torch
 from accelerate import PartialState
 from fastcore.basics import patch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from timm.layers.norm_act import SyncBatchNormAct, convert_sync_batchnorm
+from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -42,7 +43,7 @@ from ..encoders.text import TextEncoderOptions
 from ..losses.ops import alone, at_least_float32, gather
 from ..methods.base import build_method, load_method
 from ..project.config import ComputeOptions, ConfigError, Fraction, Options
-from ..project.launch import end_with_launcher, launch
+from ..project.launch import launch, obey_launcher
 from ..project.stage import read_stage, write_stage
 from medvlp.training.loop import (
     Curves,
@@ -312,7 +313,7 @@ def _problems(options, n_train, n_val, model=None):
     return problems
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #8e6c35ce
-class _OnCpu(nn.SyncBatchNorm):
+class _OnCpu(_BatchNorm):
     "A batch norm over the parts of all processes, without a GPU"
 
     def forward(self, x):  # [B,C,...]
@@ -339,8 +340,15 @@ class _OnCpu(nn.SyncBatchNorm):
             self.running_var.lerp_(var.to(self.running_var.dtype), rate)
 
 
-class _OnCpuAct(SyncBatchNormAct, _OnCpu):
+    def _check_input_dim(self, x):
+        "Any will do"
+
+
+class _OnCpuAct(_OnCpu):
     "One of timm's that ends in an activation"
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
 
 
 def share_statistics(
@@ -348,9 +356,11 @@ def share_statistics(
     device: str,  # cpu or cuda
 ) -> nn.Module:
     "Let every batch norm take its statistics over the batches of all processes"
-    model, on_cpu = convert_sync_batchnorm(model), {nn.SyncBatchNorm: _OnCpu, SyncBatchNormAct: _OnCpuAct}
-    for layer in model.modules() if device == "cpu" else ():
-        layer.__class__ = on_cpu.get(type(layer), type(layer))
+    if device != "cpu":
+        return convert_sync_batchnorm(model)  # timm's knows those of its own that end in an activation
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.__class__ = _OnCpuAct if isinstance(layer, BatchNormAct2d) else _OnCpu
     return model
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #2b264f4b
@@ -440,7 +450,7 @@ def _make_trainer(model, tokenizer, studies, options, seed, compute, folder, cur
     )
     trainer.remove_callback(PrinterCallback)
     if arguments.process_index:
-        set_seed(address(seed, arguments.process_index))  # dropout of its own
+        torch.manual_seed(address(seed, arguments.process_index))  # dropout of its own
     return trainer
 
 
@@ -508,7 +518,7 @@ def main(
     parser.add_argument("stage", help="a file of plan/, such as plan/pretrain@mgca-0.json")
     parser.add_argument("--state", help="file for the history of the training")
     arguments = parser.parse_args(argv)
-    end_with_launcher()
+    obey_launcher()
     stage = read_stage(arguments.stage)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = max(1, torch.get_num_threads() // here)
