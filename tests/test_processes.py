@@ -4,12 +4,16 @@ In float64: Adam turns the rounding errors of gradients that should be 0, as tho
 steps of full length, and in float32 no two orders of a sum agree on these."""
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 import small
+import test_plan
 import torch
 from safetensors.torch import load_file
 
@@ -36,7 +40,7 @@ VARIANTS = {
     "aga-no-bcga": ("aga", small.RESNET, weights(bcga=0.0)),
     "aga-fixed": ("aga", small.RESNET, dict(gate="fixed")),
     "mpma": ("mpma", small.VIT, small.MPMA),
-    "mpma-image": ("mpma", small.VIT, small.MPMA | weights(mlm=0.0, local=0.0) | {}),
+    "mpma-image": ("mpma", small.VIT, small.MPMA | {"weights": {"mlm": 0.0, "global": 0.0, "local": 0.0}}),
     "mpma-text": ("mpma", small.VIT, small.MPMA | dict(fusion="text")),
     "mpma-gap": ("mpma", small.VIT, small.MPMA | dict(fusion="gap")),
     "mpma-gmp": ("mpma", small.VIT, small.MPMA | dict(fusion="gmp")),
@@ -55,7 +59,6 @@ VARIANTS = {
     "amf-random-fused": ("amf", small.RESNET, small.AMF | dict(phase="fuse", negatives="random")),
     "amf-hard-fused": ("amf", small.RESNET, small.AMF | dict(phase="fuse", teacher="none")),
 }
-VARIANTS["mpma-image"][2]["weights"]["global"] = 0.0
 SHORT = ["convirt", "mgca-global", "adamatch"]
 
 
@@ -174,6 +177,77 @@ def test_a_training_resumes_with_another_number_of_processes(folder, variant, fi
     assert not list(own.rglob("complete"))
     assert_close(alone(folder, variant), own / str(then) / variant)
     (own / str(then)).rename(own / f"{variant} done")
+
+
+def run_stage(folder, run, **options):
+    "The stage `pretrain` with compute.processes"
+    from medvlp.project.config import ComputeOptions
+    from medvlp.project.stage import Stage
+    from medvlp.training.pretrain import PretrainOptions, pretrain_stage
+
+    values = dict(image_encoder=small.RESNET, text_encoder=BERT, sections=["findings"], vocab_size=100)
+    options = PretrainOptions(**values | dict(batch_size=8, epochs=0.4, learning_rate=1e-3, log_steps=1) | options)
+    names = ("model", "curves", "checkpoints")
+    return pretrain_stage(
+        Stage(
+            stage="pretrain",
+            run="convirt-0",
+            experiment="small",
+            method="convirt",
+            compute=ComputeOptions(device="cpu", precision="fp32", processes=2),
+            options=options.model_dump(),
+            inputs=dict(prepared=[str(folder / "prepared")]),
+            outputs={name: str(folder / run / name) for name in names},
+        )
+    )
+
+
+def test_a_stage_trains_in_two_processes_and_shows_the_output_of_one(folder, capsys):
+    state = run_stage(folder, "stage")
+    assert state.global_step == 2 and [e["step"] for e in state.log_history if "loss" in e] == [1, 2]
+    assert capsys.readouterr().out.count("40 pairs to train on") == 1
+    assert (folder / "stage/model/model.safetensors").is_file()
+    assert (folder / "stage/curves/plots/metrics/train/loss.tsv").is_file()
+    assert not list((folder / "stage/checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_a_stage_ends_with_the_error_of_its_processes(folder, capsys):
+    with pytest.raises(FloatingPointError, match="is not finite. Lower the learning rate"):
+        run_stage(folder, "diverging", learning_rate=1e30, epochs=4.0)
+    assert "Traceback" not in capsys.readouterr().err
+    assert not [p for p in psutil.Process().children(recursive=True) if "-u" in p.cmdline()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_when_the_launching_process_is_ended(number):
+    sleeping = "import time; from medvlp.project.launch import obey_launcher; obey_launcher(); print('started');"
+    own = f"from medvlp.project.launch import launch; launch(2, '-c', {sleeping + 'time.sleep(600)'!r})"
+    process = subprocess.Popen([sys.executable, "-u", "-c", own], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "started\n"
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) == 2
+    process.send_signal(number)
+    assert not psutil.wait_procs(children, timeout=30)[1]
+    assert process.wait() == -number
+
+
+def test_a_batch_that_the_processes_cannot_share_is_an_error_of_the_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(test_plan.ROOT)
+    (problem,) = test_plan.problems_of(tmp_path, lambda tree: tree["compute"].update(processes=3))
+    assert problem.startswith("params.yaml: batch_size 32 of convirt, ")
+    assert problem.endswith("compute.processes is 3: make it a multiple of that")
+
+
+def test_more_processes_than_pairs_is_an_error_before_training(folder):
+    from medvlp.project.config import ConfigError
+    from medvlp.training.pretrain import PretrainOptions, check_trainable
+
+    manifest = json.loads((folder / "prepared/manifest.json").read_text())
+    check_trainable([manifest], PretrainOptions(), processes=40)
+    with pytest.raises(ConfigError, match="there are 40 pairs to train on: lower compute.processes, which is 48"):
+        check_trainable([manifest], PretrainOptions(), processes=48)
 
 
 if __name__ == "__main__":

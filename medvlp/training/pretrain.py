@@ -466,7 +466,7 @@ def pretrain_stage(
     stage,  # of project.stage
 ) -> TrainerState:  # with its `log_history`
     "What the pipeline's stages `pretrain` and `fuse` do; the latter starts from what the former saved"
-    if stage.compute.processes > _processes() == 1:
+    if stage.compute.processes > 1 and "WORLD_SIZE" not in os.environ:
         return _launch(stage)
     options, folders, start = stage.parse(PretrainOptions), stage.inputs["prepared"], stage.inputs.get("start")
     studies = {split: load_sets(folders, split, options.sections) for split in ("train", "val")}
