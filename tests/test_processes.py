@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 BERT = dict(options=small.BERT["options"] | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+GRID = small.RESNET | dict(patch_stride=16)  # 2 x 2 patches
 SALIENT = small.VIT | dict(saliency=True)
 MGCA = dict(n_prototypes=5)
 
@@ -29,16 +30,16 @@ def weights(**values):
 # {variant: method, image encoder, options}: all methods, and every way in which experiments/ablation-* leaves terms out
 VARIANTS = {
     "convirt": ("convirt", small.RESNET, {}),
-    "gloria": ("gloria", small.RESNET, {}),
-    "sparc": ("sparc", small.RESNET, {}),
+    "gloria": ("gloria", GRID, {}),
+    "sparc": ("sparc", GRID, {}),
     "mgca": ("mgca", SALIENT, MGCA),
     "mgca-global": ("mgca", SALIENT, MGCA | weights(local=0.0, prototype=0.0)),
     "mgca-local": ("mgca", SALIENT, MGCA | weights(prototype=0.0)),
     "mgca-prototype": ("mgca", SALIENT, MGCA | weights(local=0.0)),
-    "aga": ("aga", small.RESNET, {}),
-    "aga-global": ("aga", small.RESNET, weights(iga=0.0, bcga=0.0)),
-    "aga-no-bcga": ("aga", small.RESNET, weights(bcga=0.0)),
-    "aga-fixed": ("aga", small.RESNET, dict(gate="fixed")),
+    "aga": ("aga", GRID, {}),
+    "aga-global": ("aga", GRID, weights(iga=0.0, bcga=0.0)),
+    "aga-no-bcga": ("aga", GRID, weights(bcga=0.0)),
+    "aga-fixed": ("aga", GRID, dict(gate="fixed")),
     "mpma": ("mpma", small.VIT, small.MPMA),
     "mpma-image": ("mpma", small.VIT, small.MPMA | {"weights": {"mlm": 0.0, "global": 0.0, "local": 0.0}}),
     "mpma-text": ("mpma", small.VIT, small.MPMA | dict(fusion="text")),
@@ -51,13 +52,13 @@ VARIANTS = {
     "adamatch-fixed": ("adamatch", small.PVT | dict(adapatch=[]), {}),
     "adamatch-stage2": ("adamatch", small.PVT | dict(patch_stride=8, adapatch=[2]), {}),
     "adamatch-stage4": ("adamatch", small.PVT | dict(patch_stride=32, adapatch=[2, 3, 4]), {}),
-    "amf": ("amf", small.RESNET, small.AMF),
-    "amf-hard": ("amf", small.RESNET, small.AMF | dict(teacher="none")),
-    "amf-fused": ("amf", small.RESNET, small.AMF | dict(phase="fuse")),
-    "amf-no-transport-fused": ("amf", small.RESNET, small.AMF | dict(phase="fuse") | weights(transport=0.0)),
-    "amf-no-matching-fused": ("amf", small.RESNET, small.AMF | dict(phase="fuse") | weights(matching=0.0)),
-    "amf-random-fused": ("amf", small.RESNET, small.AMF | dict(phase="fuse", negatives="random")),
-    "amf-hard-fused": ("amf", small.RESNET, small.AMF | dict(phase="fuse", teacher="none")),
+    "amf": ("amf", GRID, small.AMF),
+    "amf-hard": ("amf", GRID, small.AMF | dict(teacher="none")),
+    "amf-fused": ("amf", GRID, small.AMF | dict(phase="fuse")),
+    "amf-no-transport-fused": ("amf", GRID, small.AMF | dict(phase="fuse") | weights(transport=0.0)),
+    "amf-no-matching-fused": ("amf", GRID, small.AMF | dict(phase="fuse") | weights(matching=0.0)),
+    "amf-random-fused": ("amf", GRID, small.AMF | dict(phase="fuse", negatives="random")),
+    "amf-hard-fused": ("amf", GRID, small.AMF | dict(phase="fuse", teacher="none")),
 }
 SHORT = ["convirt", "mgca-global", "adamatch"]
 

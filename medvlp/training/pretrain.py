@@ -130,10 +130,10 @@ class MethodTrainer(AddressedSampling, Trainer):
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #16093b89
 class _OwnBatches:
-    "The batches of a process, equally many for each: every W-th, and from the start again where they are used up"
+    "Full batches for a process, equally many for each: every W-th, and from the start again where they are used up"
 
     def __init__(self, n, batch_size, process, processes):
-        self.all = [list(range(i, min(n, i + batch_size))) for i in range(0, n, batch_size)]
+        self.all = [list(range(i, i + batch_size)) for i in range(0, n - batch_size + 1, batch_size)]
         self.own = range(process, process + processes * -(-len(self.all) // processes), processes)
 
     def __len__(self):
@@ -158,13 +158,13 @@ def evaluation_loop(self: MethodTrainer, dataloader, *args, metric_key_prefix="e
     self.model.eval()
     with alone():
         losses = [self.prediction_step(self.model, batch, True)[0] for batch in dataloader]
-    sizes, terms = [len(batch) for batch in dataloader.batch_sampler.all], self.sums["eval"]
+    terms, batches = self.sums["eval"], dataloader.batch_sampler.all
     own = torch.stack([torch.stack(values) for values in (losses, *terms.values())], 1)  # [batches,1+terms]
-    whole = self.accelerator.gather(own[None]).transpose(0, 1).flatten(0, 1)[: len(sizes)]
+    whole = self.accelerator.gather(own[None]).transpose(0, 1).flatten(0, 1)[: len(batches)]
     for name, values in zip(terms, whole.T[1:]):
         terms[name] = list(values)
-    loss = np.repeat(whole[:, 0].float().cpu().numpy(), sizes).mean().item()
-    return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, sum(sizes))
+    loss = np.repeat(whole[:, 0].cpu().numpy(), len(batches[0])).mean().item()
+    return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(batches) * len(batches[0]))
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #3bb198d0
 def training_arguments(
