@@ -192,9 +192,9 @@ def test_aga_leaves_studies_without_findings_out(tmp_path, capsys):
     inputs = dict(prepared=[str(tmp_path / "prepared")])
     compute = dict(device="cpu", precision="fp32", threads=1)
     stage = Stage(stage="pretrain", experiment="small", method="aga", options=AGA, inputs=inputs, outputs=folders)
-    trainer = pretrain_stage(stage.model_copy(update=dict(compute=stage.compute.model_copy(update=compute))))
+    state = pretrain_stage(stage.model_copy(update=dict(compute=stage.compute.model_copy(update=compute))))
     assert "24 pairs to train on, 6 to validate (images with findings)" in capsys.readouterr().out
-    assert trainer.state.global_step == 6
+    assert state.global_step == 6
     model, tokenizer = load_method(folders["model"]), load_tokenizer(folders["model"])
     studies, options = load_studies(tmp_path / "prepared"), EvaluateOptions(n_resamples=20)
     results = evaluate(model, tokenizer, studies, options=options, sections=["findings"])

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..encoders.features import ImageFeatures
 from ..losses.matching import patch_word_losses, patch_word_scores
-from ..losses.ops import at_least_float32, gathered_scores, mask_padding, masked_softmax
+from ..losses.ops import at_least_float32, gather, gathered_scores, mask_padding, masked_softmax
 from ..losses.ops import similarity as cosines
 from .base import MethodOptions, TokenMethod
 
@@ -102,7 +102,7 @@ def _mean_side(image: ImageFeatures) -> Tensor:
     "Mean width and height of the boxes, as a multiple of a fixed patch"
     rows, columns = image.grid
     boxes = image.boxes.detach()
-    return ((boxes[..., 2:] - boxes[..., :2]) * boxes.new_tensor([columns, rows])).mean()
+    return gather(((boxes[..., 2:] - boxes[..., :2]) * boxes.new_tensor([columns, rows])).mean()[None]).mean()
 
 
 @patch

@@ -101,6 +101,11 @@ class Amf(Method):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.split(".")[0] in trained)
 
+    @property
+    def leaves_out(self):
+        "Whether a term of the phase has weight 0; what the other phase trains is frozen"
+        return any(self.options.weights[name] == 0 for name in _TERMS[self.options.phase])
+
     def train(self, mode: bool = True):
         super().train(mode)
         for name in _ENCODERS if self.options.phase == "fuse" else ():

@@ -160,6 +160,12 @@ def weighted_loss(
     values = {name: term() for name, term in terms.items() if weights[name] != 0}
     return dict(loss=sum(weights[name] * value for name, value in values.items()), terms=values)
 
+
+@patch(as_prop=True)
+def leaves_out(self: Method) -> bool:
+    "Whether a term has weight 0, so that some parameters may have no gradient"
+    return 0 in self.options.weights.values()
+
 # %% ../../nbs/7_methods/00_base.ipynb #89f8d382
 @patch
 def embed_images(

@@ -42,7 +42,10 @@ class ComputeOptions(Options):
     )
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto takes bf16 where the hardware has it")
     workers: NonNegativeInt | Auto = Field("auto", description="processes that load images; auto: none on a CPU")
-    threads: PositiveInt | Auto = Field("auto", description="CPU threads of a stage; auto: every core")
+    threads: PositiveInt | Auto = Field("auto", description="CPU threads of a process; auto: all cores, shared evenly")
+    processes: PositiveInt = Field(
+        1, description="in which pretrain and fuse train together, on one machine: one per GPU; other stages use one"
+    )
     deterministic: bool = Field(True, description="exact kernels on a GPU, at some cost in speed")
     checkpoint_minutes: PositiveFloat = Field(5.0, description="an interrupted training loses at most about this time")
 

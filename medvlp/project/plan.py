@@ -333,13 +333,14 @@ def _check_prepared(problems, name, options, needs, file):
 def check_corpus(
     manifests: list[dict],  # of the sets to train on
     methods: dict[str, dict],  # {name: values of its PretrainOptions}
+    processes: int = 1,  # that train together
 ) -> None:
     "`ConfigError` where a method cannot be trained on these sets"
     training, found = importlib.import_module("medvlp.training.pretrain"), {}
     for name, values in methods.items():
         where, own = f"params.yaml: methods.{name}", _Problems()
         options = validate(training.PretrainOptions, values, where)
-        own.catch(training.check_trainable, manifests, options, where, _build(options, where))
+        own.catch(training.check_trainable, manifests, options, where, _build(options, where), processes)
         for problem in own:
             found.setdefault(problem.removeprefix(where), []).append(where)
     if found:  # what holds for several methods is said once
@@ -387,6 +388,16 @@ def _unsuitable(resolved, file):
             problems += [f"{file}: tasks.{name}.methods: {method}: {problem}" for problem in found]
     return problems
 
+
+def _uneven_batches(resolved, file):
+    "Batches that the processes cannot share"
+    processes, uneven = resolved.compute.processes if resolved.compute else 1, {}
+    for name, options in resolved.methods.items():
+        if options.epochs and options.batch_size % processes:
+            uneven.setdefault(options.batch_size, []).append(name)
+    remedy = f"compute.processes is {processes}: make it a multiple of that"
+    return [f"{file}: batch_size {size} of {', '.join(names)}: {remedy}" for size, names in uneven.items()]
+
 # %% ../../nbs/0_project/04_plan.ipynb #9139e114
 def _top_level(problems, tree, file):
     "The parts of an experiment; parts that are missing or of the wrong kind are reported and left empty"
@@ -427,7 +438,7 @@ def resolve(
         problems.catch(validate, options_class(style), figures, f"{file}: figures"),
         problems.catch(validate, options_class(columns), experiment.scoreboard, f"{file}: scoreboard"),
     )
-    problems += _metric_problems(resolved, file) + _unsuitable(resolved, file)
+    problems += _metric_problems(resolved, file) + _unsuitable(resolved, file) + _uneven_batches(resolved, file)
     for name, options in resolved.sets.items():
         _check_prepared(problems, name, options, resolved.needs(name), file)
     if problems:
@@ -447,12 +458,13 @@ def _stage(resolved, kind, run="", options=None, modules=(), outputs=None, **fie
     "A stage with what all stages have in common"
     name = resolved.experiment.experiment
     copy = f"reports/{name}/{kind}{'/' * bool(run)}{run}.ipynb"
+    together = kind in ("corpus", "pretrain", "fuse")  # the others do not depend on the number of processes
     return Stage(
         stage=kind,
         run=run,
         experiment=name,
         options=options.model_dump() if options else {},
-        compute=resolved.compute,
+        compute=resolved.compute.model_copy(update={} if together else dict(processes=1)),
         outputs=dict(notebook=copy) | (outputs or {}),
         code=code_behind(f"nbs/stages/{kind}.ipynb", *modules),
         **fields,

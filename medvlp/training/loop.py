@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, wait_for_everyone
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerState
 
@@ -84,6 +84,7 @@ class Guard(TrainerCallback):
             raise FloatingPointError(f"step {state.global_step}: {', '.join(bad)} is not finite. {remedy}; {earlier}.")
 
     def on_save(self, args, state, control, **kwargs):
+        wait_for_everyone()  # each process saves the state of its random numbers
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "complete").touch()
 
@@ -181,7 +182,7 @@ def last_checkpoint(
     found = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     for checkpoint in found:
         if not (checkpoint / "complete").is_file():
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)  # another process may do the same
     return next((str(p) for p in reversed(found) if p.is_dir()), None)
 
 # %% ../../nbs/8_training/00_loop.ipynb #49c639e1
