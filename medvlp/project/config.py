@@ -45,6 +45,7 @@ class ComputeOptions(Options):
     threads: PositiveInt | Auto = Field("auto", description="CPU threads of a stage; auto: every core")
     deterministic: bool = Field(True, description="exact kernels on a GPU, at some cost in speed")
     checkpoint_minutes: PositiveFloat = Field(5.0, description="an interrupted training loses at most about this time")
+    checkpoints_kept: PositiveInt = Field(2, description="the newest, while a training lasts; the best is kept too")
 
 # %% ../../nbs/0_project/00_config.ipynb #9d61e2a7
 def options_table(
