@@ -175,7 +175,7 @@ def _one_line(error):
         return error.evalue
     if re.search("out of memory|allocate memory|Unable to allocate", text):
         return f"out of memory: {'. '.join(text.split('. ')[:2])}: lower batch_size, or the encoders' image_size"
-    if re.search("No space left|quota exceeded|file write failed", text):
+    if re.search("No space left|quota exceeded|file write failed|inline_container.*unexpected pos", text):
         return f"the disk is full: {text}: make room, then run it again; a training goes on from its last checkpoint"
     return text if issubclass(getattr(builtins, kind, Exception), (FloatingPointError, OSError)) else None
 

@@ -191,7 +191,7 @@ def new_folder(
     sync(folder.parent)
 
 # %% ../../nbs/8_training/00_loop.ipynb #04f0d648
-_DISK_FULL = "No space left|quota exceeded|file write failed|File too large"
+_DISK_FULL = "No space left|quota exceeded|File too large|file write failed|unexpected pos"  # the last two are torch's
 
 
 @contextmanager
