@@ -74,7 +74,7 @@ AMF = dict(fusion_dim=24, heads=2, layers=1)
 OPTIONS = {"mpma": MPMA, "amf": AMF, "amf-fused": AMF | dict(phase="fuse")}
 
 
-def train(folder, run, method="convirt", minutes=5.0, device="cpu", seed=0):
+def train(folder, run, method="convirt", minutes=5.0, device="cpu", seed=0, image=None, **changes):
     "Pre-train on FOLDER/prepared into FOLDER/RUN, with a checkpoint every few `minutes`; call again to resume"
     from transformers import set_seed
     from medvlp.data.prepare import load_studies
@@ -87,13 +87,13 @@ def train(folder, run, method="convirt", minutes=5.0, device="cpu", seed=0):
     folder = Path(folder)
     studies = {s: load_studies(folder / "prepared", s, ["findings"]) for s in ("train", "val")}
     tokenizer = build_tokenizer(studies["train"], ["findings"], 100)
-    image, own = dict(mpma=VIT, adamatch=PVT).get(method, RESNET), OPTIONS.get(method, {})
+    image, own = image or dict(mpma=VIT, adamatch=PVT).get(method, RESNET), OPTIONS.get(method, {})
     method = method.removesuffix("-fused")
     set_seed(seed)
     model = build_method(method, image, BERT, len(tokenizer), dim=16, **own)
-    options = PretrainOptions(
+    options = dict(
         method=method,
-        epochs=10,
+        epochs=10.0,
         batch_size=8,
         sections=["findings"],
         augment=dict(degrees=5.0, contrast=0.2),
@@ -109,7 +109,7 @@ def train(folder, run, method="convirt", minutes=5.0, device="cpu", seed=0):
         model,
         tokenizer,
         studies,
-        options,
+        PretrainOptions(**options | changes),
         seed=seed,
         compute=ComputeOptions(device=device, precision="fp32", checkpoint_minutes=float(minutes)),
         output=folder / run / "model",

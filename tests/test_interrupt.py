@@ -23,14 +23,26 @@ subprocess.Popen(["sleep", "100"])  # as a process that loads images
 Path(f"{run_name}.started").touch()
 time.sleep(100)
 """
+TRAINS = """
+import time
+from pathlib import Path
+from medvlp.training.loop import StopSignals
+with StopSignals() as signals:  # as a training
+    Path(f"{run_name}.started").touch()
+    while not signals.came():
+        time.sleep(0.05)
+    time.sleep(4)  # longer than what does not train is given
+    Path(f"{run_name}.saved").touch()
+    signals.leave(step=7)
+"""
 
 
-def write_project(folder, **commands):
-    "A pipeline of independent stages; `sleep@RUN` is a notebook that sleeps"
+def write_project(folder, code=SLEEPS, **commands):
+    "A pipeline of independent stages; `sleep@RUN` is a notebook that sleeps, or whose code is another"
     stages = {name: dict(cmd=cmd, outs=[f"{name}.out"]) for name, cmd in commands.items()}
     (folder / "dvc.yaml").write_text(json.dumps(dict(stages=stages)))
     (folder / "nbs/stages").mkdir(parents=True)
-    cells = [mk_cell('run_name: str = "a"', id="c0"), mk_cell(SLEEPS, id="c1")]
+    cells = [mk_cell('run_name: str = "a"', id="c0"), mk_cell(code, id="c1")]
     cells[0].metadata["tags"] = ["parameters"]
     kernel = dict(name="python3", display_name="python3", language="python")
     write_nb(new_nb(cells, meta=dict(kernelspec=kernel)), folder / "nbs/stages/sleep.ipynb")
@@ -97,6 +109,20 @@ def test_a_signal_ends_everything(jobs, to_all, number, said, tmp_path):
     assert process.returncode == 128 + number
     assert f"{said}: nothing is left running" in out and "Traceback" not in out
     assert not locks(tmp_path) and not list(tmp_path.rglob("*.running.ipynb"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("words", [["-m", "medvlp.project.run", "sleep", "a"], [*PARALLEL, "1"]], ids=["run", "dvc"])
+def test_a_training_saves_before_it_ends(number, words, tmp_path):
+    write_project(tmp_path, TRAINS, a=SLEEPING["a"])
+    process = start(tmp_path, *words)
+    wait_for((tmp_path / "a.started").exists)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert (tmp_path / "a.saved").exists() and processes(tmp_path) == []
+    assert process.returncode == 128 + number
+    assert "there is a checkpoint of step 7" in out and "Traceback" not in out
+    assert not list(tmp_path.rglob("*.running.ipynb")) and list(tmp_path.rglob("*.failed.ipynb"))
 
 
 def test_a_stage_ends_when_dvc_is_killed(tmp_path):

@@ -145,7 +145,7 @@ def test_weights_of_a_group():
     for dtype in (torch.float16, torch.bfloat16):
         assert group(similarity.to(dtype), 0.3).dtype == torch.float32
     with pytest.raises(ValueError, match="between 0 and 1"):
-        group(similarity, torch.tensor(math.nan))
+        group(similarity, math.nan)
 
 
 @JUNK

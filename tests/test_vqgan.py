@@ -76,7 +76,7 @@ def test_killed_and_resumed_gives_equal_weights_and_curves(folder, first, device
         train(folder, undisturbed, device=device)
     killed = f"killed-{device}"
     process = start(folder, killed, 1e-6, device)  # a checkpoint every five steps
-    while not list((folder / killed).rglob("checkpoint.pt")):
+    while not list((folder / killed).rglob("complete")):
         assert process.poll() is None, process.communicate()[0].decode()[-2000:]
         time.sleep(0.02)
     time.sleep(0.3 * np.random.default_rng().random())
@@ -103,7 +103,7 @@ def test_a_checkpoint_of_another_setting_is_left_alone(folder, first, monkeypatc
         patched.setattr(Alternation, "take_step", break_off)
         with pytest.raises(KeyboardInterrupt):
             train(folder, "other", minutes=1e-6, learning_rate=5e-4)
-    (kept,) = (folder / "other").rglob("checkpoint.pt")
+    kept, *_ = (folder / "other").rglob("complete")
     train(folder, "other")
     assert_equal(weights(folder, "first"), weights(folder, "other"))
     assert kept.is_file()

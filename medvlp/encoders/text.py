@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from ..data.tokens import pool_words, resolve_name, word_mask
+from ..data.tokens import count_words, pool_words, resolve_name, word_mask
 from .features import TextFeatures
 from ..project.config import Options, did_you_mean
 
@@ -103,6 +103,7 @@ class TextEncoder(nn.Module):
         attention_mask: Tensor,
         word_ids: Tensor,  # [B,T] each, of data.tokens.encode
     ) -> TextFeatures:
+        n = count_words(word_ids)  # the one value that is read, before the network has anything to do
         out = self.net(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -111,8 +112,8 @@ class TextEncoder(nn.Module):
         )
         pieces = torch.stack(out.hidden_states[-self.layers :]).mean(0) if self.layers > 1 else out.last_hidden_state
         pooled = pieces[:, 0] if self.pool == "cls" else masked_mean(pieces, attention_mask)
-        saliency = _word_saliency(out.attentions[-1], word_ids) if self.saliency else None
-        return TextFeatures(pooled, pool_words(pieces, word_ids), word_mask(word_ids), saliency)
+        saliency = _word_saliency(out.attentions[-1], word_ids, n) if self.saliency else None
+        return TextFeatures(pooled, pool_words(pieces, word_ids, n), word_mask(word_ids, n), saliency)
 
 # %% ../../nbs/3_encoders/02_text.ipynb #758b467b
 def _returns_attention(net):
@@ -140,7 +141,8 @@ def masked_mean(
 def _word_saliency(
     attention: Tensor,  # [B,heads,T,T] of the last layer
     word_ids: Tensor,  # [B,T]
+    n: int,  # L
 ) -> Tensor:  # [B,L], sums to 1 over real words
     "Attention of the class token to each word (MGCA, below Eq. 5)"
-    weights = pool_words(attention.mean(1)[:, 0], word_ids)
+    weights = pool_words(attention.mean(1)[:, 0], word_ids, n)
     return weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)

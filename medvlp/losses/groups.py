@@ -32,13 +32,13 @@ def _check_groups(
     threshold: float | Tensor,  # in 0..1
     mask: Tensor | None,  # [B,S]
 ):
-    "Raise ValueError for shapes that do not belong together and for a threshold outside 0..1"
+    "Raise ValueError for shapes that do not belong together and for a number outside 0..1 as threshold"
     if similarity.dim() != 3:
         raise ValueError(f"group: similarity is {tuple(similarity.shape)}, it must be [B,T,S]")
     if mask is not None and mask.shape != similarity.shape[::2]:
         expected = tuple(similarity.shape[::2])
         raise ValueError(f"group: mask is {tuple(mask.shape)}, for this similarity it must be {expected}")
-    if not torch.as_tensor((threshold >= 0) & (threshold <= 1)).all():
+    if not isinstance(threshold, Tensor) and not 0 <= threshold <= 1:  # reading a tensor would stop the GPU
         raise ValueError(f"group: the threshold is {threshold}, it must be between 0 and 1")
 
 
@@ -54,6 +54,10 @@ def group(
     return s / s.sum(2, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
 
 # %% ../../nbs/4_losses/05_groups.ipynb #92ecdbe6
+def _forget(gate, _):
+    gate.has_begun = False
+
+
 class ThresholdGate(nn.Module):
     "The threshold of groups: a moving average of the mean normalised similarity, or fixed (AGA Eq. 5-7)"
 
@@ -72,6 +76,8 @@ class ThresholdGate(nn.Module):
             raise ValueError(f"threshold gate: sigma is {sigma}, it must be above 0 and at most 1")
         self.gamma, self.gate = gamma, gate
         self.register_buffer("sigma", torch.tensor(sigma or 0.0))  # 0: no batch yet
+        self.has_begun = False  # whether sigma is known to be above 0
+        self.register_load_state_dict_post_hook(_forget)
 
     @torch.no_grad()
     def forward(
@@ -84,11 +90,13 @@ class ThresholdGate(nn.Module):
             rows = similarity.new_ones(similarity.shape[:2], dtype=torch.bool)
         if mask is None:
             mask = similarity.new_ones(similarity.shape[::2], dtype=torch.bool)
-        sigma = self.sigma.clone() if self.sigma > 0 else self._initial(mask)
+        self.has_begun = self.has_begun or bool(self.sigma > 0)  # not read in every step
+        sigma = self.sigma.clone() if self.has_begun else self._initial(mask)
         if not self.training:
             return sigma
         if self.gate == "adaptive":
             sigma = self.gamma * sigma + (1 - self.gamma) * self._mean(similarity, rows, mask, sigma)
+        self.has_begun = True
         return self.sigma.copy_(sigma).clone()
 
 # %% ../../nbs/4_losses/05_groups.ipynb #4bf7ecc0

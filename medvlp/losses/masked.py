@@ -56,7 +56,8 @@ def pixel_loss(
     target = target.to(torch.promote_types(prediction.dtype, torch.float32))
     if normalise:
         target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
-    return mean_over_processes((prediction[mask] - target[mask]).square().mean(1).sum(), int(mask.sum()))
+    error = (prediction - target).masked_fill(~mask[..., None], 0).square().mean(2)
+    return mean_over_processes(error.sum(), mask.sum())
 
 # %% ../../nbs/4_losses/06_masked.ipynb #767234c8
 def word_loss(

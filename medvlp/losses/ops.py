@@ -152,9 +152,11 @@ def both_ways(
 ) -> tuple[Tensor, Tensor]:  # image_to_text, text_to_image: scalars, means over the studies that have words
     "Cross-entropy of each image among the reports, and of each report among the images"
     has_words = scores.diagonal() != -torch.inf
-    s = scores[has_words][:, has_words] / temperature
+    real = has_words[:, None] & has_words
+    s = scores.masked_fill(~real, 0) / temperature
+    s = s.masked_fill(~(real | torch.eye(len(s), dtype=torch.bool, device=s.device)), -torch.inf)  # others: loss 0
     y = torch.arange(len(s), device=s.device)
-    return tuple(F.cross_entropy(x, y, reduction="sum") / max(len(s), 1) for x in (s, s.T))
+    return tuple(F.cross_entropy(x, y, reduction="sum") / has_words.sum().clamp(min=1) for x in (s, s.T))
 
 # %% ../../nbs/4_losses/00_ops.ipynb #22161b2a
 def check_pairs(

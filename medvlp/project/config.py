@@ -48,6 +48,7 @@ class ComputeOptions(Options):
     )
     deterministic: bool = Field(True, description="exact kernels on a GPU, at some cost in speed")
     checkpoint_minutes: PositiveFloat = Field(5.0, description="an interrupted training loses at most about this time")
+    checkpoints_kept: PositiveInt = Field(2, description="the newest, while a training lasts; the best is kept too")
 
 # %% ../../nbs/0_project/00_config.ipynb #9d61e2a7
 def options_table(

@@ -19,7 +19,9 @@ from contextlib import suppress
 from fastcore.basics import patch
 from graphlib import TopologicalSorter
 
-from .run import SIGNALS
+import psutil
+
+from .run import PATIENT, SIGNALS
 from .stage import enter_project
 
 # %% ../../nbs/0_project/05_parallel.ipynb #37111346
@@ -142,7 +144,8 @@ def stop(self: Repro, number: int, frame=None) -> None:
     "End what is running; a handler for signals"
     if not self.stopped:
         self.stopped, self.since = number, time.monotonic()
-        self._send(signal.SIGINT)
+        if number not in PATIENT or not self._ask_stages(number):
+            self._send(signal.SIGINT)
     elif time.monotonic() - self.since > 10:
         self._send(signal.SIGKILL)
 
@@ -152,6 +155,19 @@ def _send(self: Repro, number):
     for process in list(self.running):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
+
+
+@patch
+def _ask_stages(self: Repro, number):
+    "Send the stages' own processes a signal; whether there are any"
+    asked = False
+    for process in list(self.running):
+        with suppress(psutil.Error):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                if "medvlp.project.run" in child.cmdline():
+                    child.send_signal(number)
+                    asked = True
+    return asked
 
 
 @patch

@@ -7,7 +7,6 @@ __all__ = ['AlternatingOptions', 'epoch_batches', 'restart_codes', 'Alternation'
 
 # %% ../../nbs/8_training/03_alternating.ipynb #d8b48de1
 import math
-import os
 import shutil
 import time
 from collections import defaultdict
@@ -27,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import enable_full_determinism
 
-from ..data.batches import EpochSampler, StudyDataset, resolve_device, resolve_workers
+from ..data.batches import EpochSampler, StudyDataset, leave_signals, resolve_device, resolve_workers
 from ..data.images import address
 from medvlp.generation.vqgan import (
     VQGAN,
@@ -41,7 +40,18 @@ from medvlp.generation.vqgan import (
 )
 from ..project.config import ComputeOptions, ConfigError, Fraction, Options
 from ..encoders.pretrained import hash_weights
-from .loop import Curves, Guard, Progress, resolve_precision, run_key
+from medvlp.training.loop import (
+    Curves,
+    Guard,
+    Progress,
+    StopSignals,
+    check_finite,
+    explain_full_disk,
+    finish_checkpoint,
+    last_checkpoint,
+    resolve_precision,
+    run_key,
+)
 
 # %% ../../nbs/8_training/03_alternating.ipynb #08721a7c
 class AlternatingOptions(Options):
@@ -128,7 +138,7 @@ class Alternation:
     def state(self) -> dict:
         "All that a resumed training needs"
         states = {name: getattr(self, name).state_dict() for name in self._parts}
-        return states | dict(step=self.step, recent=self.recent, uses=self.uses)
+        return states | dict(step=self.step, recent=self.recent, uses=self.uses, terms=dict(self.terms))
 
     def load(self, state: dict):
         "Continue from such a state"
@@ -137,6 +147,7 @@ class Alternation:
         self.step = state["step"]
         self.recent.copy_(state["recent"])
         self.uses.copy_(state["uses"])
+        self.terms.update({name: [x.to(self.uses.device) for x in values] for name, values in state["terms"].items()})
 
 # %% ../../nbs/8_training/03_alternating.ipynb #82603486
 @patch
@@ -259,19 +270,27 @@ def _stream(items, alternation, workers):
         batches = epoch_batches(n, a.options.batch_size, a.seed, epoch)[a.step % per_epoch :]
         mine = [batch[first : first + part] for batch in batches]
         pin = a.accelerator.device.type == "cuda"
-        yield from DataLoader(items, batch_sampler=mine, collate_fn=_stack, num_workers=workers, pin_memory=pin)
+        yield from DataLoader(
+            items,
+            batch_sampler=mine,
+            collate_fn=_stack,
+            num_workers=workers,
+            pin_memory=pin,
+            worker_init_fn=leave_signals,
+        )
 
 # %% ../../nbs/8_training/03_alternating.ipynb #3641e731
-def _run(alternation, items, checkpoint, callbacks, compute):
-    "Train to the end, from the checkpoint if there is one"
+def _run(alternation, items, folder, callbacks, compute, signals):
+    "Train to the end, from the last checkpoint if there is one"
     a, o = alternation, alternation.options
     main, device = a.accelerator.is_main_process, a.accelerator.device
     state = TrainerState(max_steps=o.steps, is_world_process_zero=main)
-    if checkpoint.is_file():
-        saved = torch.load(checkpoint, "cpu")
+    checkpoint = broadcast_object_list([last_checkpoint(folder) if main else None])[0]
+    if checkpoint:
+        saved = torch.load(f"{checkpoint}/state.pt", "cpu")
         a.load(saved)
         state.global_step, state.log_history = a.step, saved["log_history"]
-    args, control, last = SimpleNamespace(output_dir=checkpoint.parent), TrainerControl(), time.monotonic()
+    args, control, last = SimpleNamespace(output_dir=str(folder)), TrainerControl(), time.monotonic()
 
     def tell(event, **what):
         for callback in callbacks:
@@ -286,23 +305,28 @@ def _run(alternation, items, checkpoint, callbacks, compute):
             a.end_epoch()
         state.global_step = a.step
         tell("on_step_end")
-        if a.step % o.log_steps and a.step < o.steps:
-            continue
-        logs = a.read_terms()
-        state.log_history.append(logs | dict(step=a.step))
-        tell("on_log", logs=logs)
-        if broadcast_object_list([time.monotonic() - last > 60 * compute.checkpoint_minutes])[0]:
-            _save(a.state() | dict(log_history=state.log_history), checkpoint, main)
+        is_due, signal = False, signals.came()
+        if a.step % o.log_steps == 0 or a.step == o.steps:
+            logs = a.read_terms()
+            state.log_history.append(logs | dict(step=a.step))
+            tell("on_log", logs=logs)
+            is_due = broadcast_object_list([time.monotonic() - last > 60 * compute.checkpoint_minutes])[0]
+        if is_due or signal:
+            _save(a, state, folder, compute.checkpoints_kept)
             last = time.monotonic()
+        if signal:
+            signals.leave(a.step)
     tell("on_train_end")
 
 # %% ../../nbs/8_training/03_alternating.ipynb #d6731f1d
-def _save(state, file, main):
+def _save(alternation, state, folder, kept):
     "Write a checkpoint whole or not at all"
-    if main:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, file.with_suffix(".part"))
-        os.replace(file.with_suffix(".part"), file)
+    check_finite(alternation.model, alternation.step, folder)
+    if state.is_world_process_zero:
+        checkpoint = folder / f"checkpoint-{alternation.step}"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        torch.save(alternation.state() | dict(log_history=state.log_history), checkpoint / "state.pt")
+    finish_checkpoint(folder, state, kept)
 
 # %% ../../nbs/8_training/03_alternating.ipynb #87f8fa49
 def _key(model, studies, options, seed, compute, accelerator):
@@ -340,7 +364,8 @@ def fit_vqgan(
     folder = Path(checkpoints) / f"vqgan-{seed}-{key}"
     items = StudyDataset(studies, image_transform(model.config, (options.degrees, options.contrast)), seed=seed)
     callbacks = [Guard(), Progress(title), *([Curves(curves)] if curves else [])]
-    _run(Alternation(model, options, accelerator, seed), items, folder / "checkpoint.pt", callbacks, compute)
+    with explain_full_disk(folder), StopSignals() as signals:
+        _run(Alternation(model, options, accelerator, seed), items, folder, callbacks, compute, signals)
     accelerator.wait_for_everyone()
     shutil.rmtree(folder, ignore_errors=True)
     return model.eval()

@@ -19,8 +19,8 @@ from ..data.batches import AddressedSampling, EpochSampler, StudyDataset, resolv
 from ..data.images import address, eval_transform, seeded, train_transform
 from ..encoders.pretrained import DownstreamConfig, DownstreamModel, hash_weights
 from ..project.config import ComputeOptions, ConfigError, Fraction, Options
-from .loop import EarlyStopping, Guard, Progress, Timer, best_evaluation, last_checkpoint
-from .loop import resolve_precision, resume, run_key
+from .loop import EarlyStopping, Guard, Progress, Timer, best_evaluation
+from .loop import resolve_precision, resume, run_key, sync
 
 # %% ../../nbs/8_training/02_downstream.ipynb #65f39e1d
 class FitOptions(Options):
@@ -197,7 +197,7 @@ def _arguments(folder, n, options, seed, compute, has_val, metric):
         logging_nan_inf_filter=False,  # it would wait for the GPU in every step
         disable_tqdm=True,
         report_to=[],
-        eval_on_start=has_val and last_checkpoint(folder) is None,
+        eval_on_start=has_val,
         **_schedule(n, options, has_val, metric),
         **_machine(compute),
     )
@@ -210,7 +210,6 @@ def _schedule(n, options, has_val, metric):
     "Steps, checkpoints and evaluations"
     steps, every = _budget(n, options)
     saving = dict(max_steps=steps, save_strategy="steps", save_steps=every)
-    saving |= dict(save_total_limit=3 if has_val else 2)  # the newest two, and the best
     if not has_val:
         return saving
     best = dict(load_best_model_at_end=True, metric_for_best_model=f"eval_{metric}", greater_is_better=metric != "loss")
@@ -248,7 +247,7 @@ class DownstreamTrainer(AddressedSampling, Trainer):
     ):
         self.options, has_val = options, bool(val is not None and len(val))
         args = _arguments(folder, len(train), options, seed, compute, has_val, metric)
-        callbacks = [Timer(compute.checkpoint_minutes), Guard(), Progress(title)]
+        callbacks = [Timer(compute.checkpoint_minutes), Guard(compute.checkpoints_kept), Progress(title)]
         callbacks.append(EarlyStopping(options.patience, metric))
         scores = {} if metric == "loss" else dict(compute_metrics=_accuracy, preprocess_logits_for_metrics=_last)
         super().__init__(model, args, collate, train, val if has_val else None, callbacks=callbacks, **scores)
@@ -316,6 +315,7 @@ def _save_whole(model, file):
     "Write the weights under another name first, so that a file with this name is never a part"
     part = file.with_suffix(".part")
     torch.save(model.state_dict(), part)
+    sync(part)
     part.replace(file)
 
 

@@ -51,6 +51,7 @@ from medvlp.training.loop import (
     Guard,
     Progress,
     Timer,
+    new_folder,
     resolve_precision,
     resume,
     run_key,
@@ -194,7 +195,6 @@ def training_arguments(
         gradient_accumulation_steps=options.accumulate,
         logging_steps=options.log_steps,
         logging_first_step=True,
-        save_total_limit=3 if options.patience else 2,  # the newest two, and the best
         prediction_loss_only=True,
         ddp_find_unused_parameters=unused,
         **_schedule(options, n_val),
@@ -409,7 +409,7 @@ def pretrain(
         if problems := _problems(options, len(studies["train"]), len(studies["val"]), model):
             raise ConfigError(*problems)
     facts = dict(options=options.model_dump(), model=model.config.to_dict(), vocabulary=tokenizer.get_vocab())
-    facts |= dict(compute=compute.model_dump(exclude={"checkpoint_minutes", "processes"}))
+    facts |= dict(compute=compute.model_dump(exclude={"checkpoint_minutes", "checkpoints_kept", "processes"}))
     key = run_key(seed=seed, data=[d._fingerprint for d in studies.values()], weights=hash_weights(model), **facts)
     folder = Path(checkpoints) / f"{options.method}-{seed}-{key}"
     trainer = _make_trainer(model, tokenizer, studies, options, seed, compute, folder, curves)
@@ -438,7 +438,8 @@ def _make_trainer(model, tokenizer, studies, options, seed, compute, folder, cur
     arguments = training_arguments(options, folder, **how)
     if arguments.world_size > 1:
         model = share_statistics(model, arguments.device.type)
-    callbacks = [Timer(compute.checkpoint_minutes), Guard(), Curves(curves), Progress("pretrain")]
+    guard = Guard(compute.checkpoints_kept)
+    callbacks = [Timer(compute.checkpoint_minutes), guard, Curves(curves), Progress("pretrain")]
     trainer = MethodTrainer(
         model,
         arguments,
@@ -458,8 +459,10 @@ def _save(trainer, tokenizer, output):
     "Weights as safetensors, with the tokenizer, in float32 and the usual memory order"
     if not _is_first():
         return
-    trainer.model.to("cpu", memory_format=torch.contiguous_format).save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    model = trainer.model.to("cpu", memory_format=torch.contiguous_format)
+    with new_folder(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #4522c238
 def pretrain_stage(

@@ -1,0 +1,105 @@
+"No training step of a method waits for the device: reading a value there would stop a GPU in every step"
+
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import test_methods
+
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_consecutive", "unique_dim")
+TO_PYTHON = {getattr(torch.Tensor, name) for name in ("item", "tolist", "numpy", "cpu", "__array__", "__bool__")}
+PACKAGE = Path(__file__).parent.parent / "medvlp"
+
+# Where a step waits all the same: {(file, function): why}
+REAL_WORDS = "batch normalisation over the real words only: their number is a shape, and SyncBatchNorm takes no mask"
+VISIBLE = "the encoder sees the visible patches only: their number is a shape, and it is checked against the mask"
+EXCEPTIONS = {
+    ("data/tokens.py", "count_words"): "the words of the longest report are a shape; read first, before the networks",
+    ("encoders/text.py", "forward"): "transformers looks whether any token is padding, for a faster attention",
+    ("methods/base.py", "forward"): REAL_WORDS,
+    ("generation/reader.py", "forward"): REAL_WORDS,
+    ("encoders/masked.py", "_check_visible"): VISIBLE,
+    ("encoders/masked.py", "_keep_visible"): VISIBLE,
+    ("generation/image_decoder.py", "forward"): VISIBLE,
+    ("losses/masked.py", "word_loss"): "logits of half the words need not be float32: B x L x vocabulary is gigabytes",
+    ("autograd", ""): "the backward pass of these",
+}
+
+
+def place():
+    "The line of the package that is being executed; outside it in the backward pass"
+    frames = [f for f in traceback.extract_stack() if PACKAGE in Path(f.filename).parents]
+    return (str(Path(frames[-1].filename).relative_to(PACKAGE)), frames[-1].name) if frames else ("autograd", "")
+
+
+class Watch(TorchDispatchMode):
+    "Counts the operators whose result the CPU must know"
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        if name in READS or by_mask:
+            self.found[place() + (name,)] += 1
+        return func(*args, **kwargs or {})
+
+
+class WatchPython(TorchFunctionMode):
+    "Counts what becomes a Python value without an operator of its own"
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in TO_PYTHON:
+            self.found[place() + (func.__name__,)] += 1
+        return func(*args, **kwargs or {})
+
+
+def reads(step):
+    with Watch() as watch, WatchPython(watch.found):
+        step()
+    return watch.found
+
+
+def test_reads_are_noticed():
+    x = torch.tensor([1.0, 2.0])
+    for read in (
+        lambda: x.sum().item(),
+        lambda: float(x[0]),
+        lambda: x.tolist(),
+        lambda: bool((x > 0).all()),
+        lambda: x[x > 1],
+        lambda: x.clone().__setitem__(x > 1, x[:1]),
+        lambda: (x > 1).nonzero(),
+        lambda: torch.equal(x, x + 1),
+        lambda: x.numpy(),
+    ):
+        assert reads(read)
+    assert not reads(lambda: torch.where(x > 1, x, 0).softmax(0)[torch.tensor([0])])
+
+
+@pytest.mark.parametrize("name", test_methods.METHODS)
+def test_a_training_step_reads_no_value(name):
+    model, batch = test_methods.small(name).train(), test_methods.make_batch()
+    model.epoch = 1.0
+
+    def step():
+        model.zero_grad()
+        model(**batch)["loss"].backward()
+
+    step()  # the first may set up what later ones use
+    found = reads(step)
+    print(*found.items(), sep="\n")
+    assert {where[:2] for where in found} <= EXCEPTIONS.keys()
