@@ -130,7 +130,7 @@ def last_checkpoint(
 ) -> str | None:  # the newest whole one, if any
     "The checkpoint from which an interrupted run resumes; incomplete and damaged ones are removed"
     for checkpoint in _incomplete(folder):
-        shutil.rmtree(checkpoint)
+        shutil.rmtree(checkpoint, ignore_errors=True)  # another process may do the same
     damaged = []
     for checkpoint in _marked(folder):
         if is_whole(checkpoint) and is_whole(_best_of(checkpoint)):
@@ -141,7 +141,7 @@ def last_checkpoint(
         start = f"going on from {Path(last).name}" if last else "starting afresh"
         warnings.warn(f"damaged checkpoints, {start}: {', '.join(map(str, damaged))}", stacklevel=2)
     for checkpoint in damaged:
-        shutil.rmtree(checkpoint)
+        shutil.rmtree(checkpoint, ignore_errors=True)
     return newest_checkpoint(folder)
 
 
