@@ -90,7 +90,7 @@ NAMES = (
 
 
 def write_covid_chestxray(folder):
-    "Twenty patients with a radiograph each, whose split is drawn; the first has a CT too"
+    "Twenty patients with a radiograph each, whose split is drawn; the first has a CT too, all but the last a lung mask"
     rows = []
     for i in range(20):
         finding, notes = [*DIAGNOSES.items()][i % 3]
@@ -100,6 +100,12 @@ def write_covid_chestxray(folder):
         picture(folder / "images" / name, i)
     rows.append(rows[0] | dict(view="Axial", modality="CT", folder="volumes", filename="ct.nii.gz"))
     pd.DataFrame(rows, columns=NAMES.split(",")).to_csv(folder / "metadata.csv", index=False)
+    masks = "".join(f"{i}.jpeg,{i}.png\n" for i in range(19))
+    write(folder / "splits.csv", f"filename,lung_mask\n{masks}")
+    lungs = np.repeat(np.array([0, 127, 255, 0], np.uint8), 20)
+    for i in range(19):
+        (folder / "lung_masks").mkdir(exist_ok=True)
+        Image.fromarray(np.tile(np.roll(lungs, i), (72, 1))).save(folder / "lung_masks" / f"{i}.png")
 
 
 def write_hannover_covid(folder):

@@ -173,7 +173,8 @@ def test_every_experiment_on_a_public_set_is_here():
 
 
 # the others share most stages
-SLOW = ["aga", "mpma", "mimic-cxr", "amf-lambda", "amf-teachers", "covid-chestxray", "places", "mgca-places"]
+SLOW = ["aga", "mpma", "mimic-cxr", "amf-lambda", "amf-teachers", "covid-chestxray"]
+SLOW += ["places", "places-covid", "mgca-places"]
 
 
 @pytest.mark.parametrize(
