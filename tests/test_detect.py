@@ -222,7 +222,7 @@ def test_fractions_are_of_patients_and_nested(tmp_path):
     assert set(result.table.subset_seeds) == {1, 2}
     overall = result.scores[result.scores.overall]
     assert len(overall) == 9 and {"mAP 10 %", "COCO mAP 50 %", "AP50 100 %"} <= set(overall.metric)
-    assert result.headline == {"mAP 100 %": "detection mAP"}
+    assert result.headline == {"mAP 100 %": "mAP"}
     names = DetectOptions(fractions=[0.1, 0.5, 1.0]).metric_names()["detect"]
     assert set(overall.metric) <= set(names)
 

@@ -353,7 +353,7 @@ def detect(
     shutil.rmtree(folder, ignore_errors=True)
     chance = [mean_box_precisions(train, test, labels, ious) for ious in MEASURES.values()]
     table = _table(learnt, chance, _facts(test, labels, options))
-    return TaskResult(probe_scores(table), table, headline={f"mAP {100 * max(options.fractions):g} %": "detection mAP"})
+    return TaskResult(probe_scores(table), table, headline={f"mAP {100 * max(options.fractions):g} %": "mAP"})
 
 
 def _facts(test, labels, options):

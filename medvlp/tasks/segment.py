@@ -464,7 +464,7 @@ def segment(
     facts = patients[rows["test"]], chance, has["train"].any(0), has["test"]
     table = segment_table(learnt, truth.labels, *facts, options.n_resamples)
     shutil.rmtree(folder)
-    return TaskResult(probe_scores(table), table, headline={f"{POOLED} {100 * max(options.fractions):g} %": "Dice"})
+    return TaskResult(probe_scores(table), table)
 
 
 def _scores(segmenter, studies, truth, workers):
