@@ -1,6 +1,6 @@
 "A study set and a training run small enough for tests. As a script: FOLDER RUN METHOD MINUTES DEVICE"
 
-import sys
+import signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from PIL import Image
@@ -116,6 +116,24 @@ def train(folder, run, method="convirt", minutes=5.0, device="cpu", seed=0, imag
         curves=folder / run / "curves",
         checkpoints=folder / run / "checkpoints",
     )
+
+
+def kill_at_first_checkpoint(folder, *command):
+    "Start Python, and kill it when a checkpoint is complete, in the middle of a training"
+    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not list(folder.rglob("complete")):
+        assert process.poll() is None, process.communicate()[0].decode()[-2000:]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list((folder / "checkpoints").iterdir()), "it had finished before it was killed"
+
+
+def assert_equal_models(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 As a script: train in FOLDER, to be killed.
 """
 
-import json, os, signal, subprocess, sys, time
+import json, os, subprocess, sys
 from pathlib import Path
 
 import datasets, numpy as np, pandas as pd, pytest, torch
@@ -18,7 +18,7 @@ from medvlp.tasks.detect import Detector, DetectOptions, detect, detected, true_
 from medvlp.tasks.metrics.boxes import COCO_IOUS, CORNERS, average_precisions, box_frame, mean_average_precision
 from medvlp.tasks.yolo import YoloHead, detections, fit_anchors, prediction_grid, yolo_loss
 from medvlp.training.downstream import EarlyStopping
-from small import BERT, PVT, RESNET, VIT
+from small import BERT, PVT, RESNET, VIT, assert_equal_models, kill_at_first_checkpoint
 
 CPU = ComputeOptions(device="cpu", precision="fp32")
 BUDGET = dict(epochs=3, min_steps=0, patience=0, batch_size=6, learning_rate=1e-2, n_resamples=10, fractions=[1.0])
@@ -60,13 +60,6 @@ def trained(folder, **changes):
     return Detector.from_pretrained(folder / "model")
 
 
-def assert_equal(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     "The folder of a detector, trained without an interruption"
@@ -80,9 +73,9 @@ def whole(tmp_path_factory):
 
 def test_seed_decides_weights(whole, tmp_path):
     detector = Detector.from_pretrained(whole / "model")
-    assert_equal(trained(tmp_path / "again"), detector)
+    assert_equal_models(trained(tmp_path / "again"), detector)
     with pytest.raises(AssertionError):
-        assert_equal(trained(tmp_path / "other", seed=1), detector)
+        assert_equal_models(trained(tmp_path / "other", seed=1), detector)
 
 
 def test_crashed_run_resumes_to_equal_weights(whole, tmp_path, monkeypatch):
@@ -95,31 +88,25 @@ def test_crashed_run_resumes_to_equal_weights(whole, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
     assert list(tmp_path.rglob("complete"))
-    assert_equal(trained(tmp_path), Detector.from_pretrained(whole / "model"))
+    assert_equal_models(trained(tmp_path), Detector.from_pretrained(whole / "model"))
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_killed_process_resumes_to_equal_weights(whole, tmp_path):
-    process = subprocess.Popen([sys.executable, __file__, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not list(tmp_path.rglob("complete")):
-        assert process.poll() is None, process.communicate()[0].decode()[-2000:]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert list((tmp_path / "checkpoints").iterdir()), "it had finished before it was killed"
-    assert_equal(trained(tmp_path), Detector.from_pretrained(whole / "model"))
+    kill_at_first_checkpoint(tmp_path, __file__, tmp_path)
+    assert_equal_models(trained(tmp_path), Detector.from_pretrained(whole / "model"))
 
 
 @pytest.mark.parametrize("image", [RESNET, PVT, VIT], ids=["resnet", "pvt", "vit"])
 def test_frozen_encoder_is_unchanged(image, tmp_path):
     detector, (_, method) = trained(tmp_path, image=image, epochs=1), make(image)
-    assert_equal(detector.encoder, method.image_encoder)  # batch statistics included
+    assert_equal_models(detector.encoder, method.image_encoder)  # batch statistics included
 
 
 def test_encoder_learns_where_it_has_a_rate(tmp_path):
     detector, (_, method) = trained(tmp_path, epochs=1, encoder_learning_rate=1e-3), make()
     with pytest.raises(AssertionError):
-        assert_equal(detector.encoder, method.image_encoder)
+        assert_equal_models(detector.encoder, method.image_encoder)
 
 
 ELSEWHERE = """

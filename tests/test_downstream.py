@@ -3,7 +3,7 @@
 As a script: train KIND in FOLDER, to be killed.
 """
 
-import json, os, signal, subprocess, sys, time
+import json, os, subprocess, sys
 from pathlib import Path
 
 import datasets, numpy as np, pytest, torch
@@ -23,6 +23,7 @@ from medvlp.tasks.probe import label_frame
 from medvlp.tasks.questions import answer_vocabulary, question_table
 from medvlp.tasks.report import ReportOptions, train_reporter
 from medvlp.training.downstream import EarlyStopping, split_studies
+from small import assert_equal_models, kill_at_first_checkpoint
 
 KINDS = dict(classifier=Classifier, reporter=Reporter, answer=AnswerModel, decoder=Answerer)
 SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
@@ -87,13 +88,6 @@ def train(kind, folder, seed=0, wrong_validation=False, **changes):
     return train_answer_model(method, tokenizer, studies, parts, answers, options, **place)
 
 
-def assert_equal(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
 def differs(a, b):
     a, b = a.state_dict(), b.state_dict()
     return any(not torch.equal(a[name], b[name]) for name in a)
@@ -107,7 +101,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_seed_decides_weights(whole, kind, tmp_path):
-    assert_equal(train(kind, tmp_path), whole[kind])
+    assert_equal_models(train(kind, tmp_path), whole[kind])
     if kind == "answer":
         assert differs(train(kind, tmp_path, seed=1), whole[kind])
 
@@ -128,7 +122,7 @@ def test_crashed_run_resumes_to_equal_weights(whole, kind, steps, tmp_path, monk
             train(kind, tmp_path)
         assert list(tmp_path.rglob("complete"))
     monkeypatch.undo()
-    assert_equal(train(kind, tmp_path), whole[kind])
+    assert_equal_models(train(kind, tmp_path), whole[kind])
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
@@ -143,7 +137,7 @@ def test_crashed_run_stops_as_early_as_a_whole_one(tmp_path, monkeypatch):
         crash_at(context, steps[0] - 2)
         with pytest.raises(KeyboardInterrupt):
             train("classifier", tmp_path / "crashed", **options)
-    assert_equal(train("classifier", tmp_path / "crashed", **options), uninterrupted)
+    assert_equal_models(train("classifier", tmp_path / "crashed", **options), uninterrupted)
     assert steps[0] < 28 and steps == [steps[0]] * 2
 
 
@@ -178,25 +172,17 @@ def run_task(kind, folder):
 
 
 def test_killed_process_resumes_to_equal_weights(whole, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, __file__, "answer", tmp_path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    while not list(tmp_path.rglob("complete")):
-        assert process.poll() is None, process.communicate()[0].decode()[-2000:]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert list((tmp_path / "checkpoints").iterdir()), "it had finished before it was killed"
-    assert_equal(train("answer", tmp_path), whole["answer"])
+    kill_at_first_checkpoint(tmp_path, __file__, "answer", tmp_path)
+    assert_equal_models(train("answer", tmp_path), whole["answer"])
     assert not list((tmp_path / "checkpoints").iterdir())  # this process went on where the killed one stopped
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_frozen_encoder_is_unchanged(kind, tmp_path):
     model, (_, _, method) = train(kind, tmp_path, epochs=1, encoder_learning_rate=0.0), make()
-    assert_equal(getattr(model, model.encoder_names[0]), method.image_encoder)
+    assert_equal_models(getattr(model, model.encoder_names[0]), method.image_encoder)
     if kind in ("answer", "decoder"):
-        assert_equal(model.text_encoder, method.text_encoder)
+        assert_equal_models(model.text_encoder, method.text_encoder)
 
 
 def predictions(kind, model, files):

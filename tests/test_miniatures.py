@@ -72,6 +72,7 @@ PLACES = dict(
         adamatch=dict(image_encoder=dict(image_size=64, options=PVT)),
     ),
     tasks=dict(detect=dict(data=["slake"]), segment=dict(data=["covid"])),
+    figures=dict(data="covid"),
 )
 OWN_SIZES = {  # of each
     "mgca": dict(
@@ -115,7 +116,12 @@ OWN_SIZES = {  # of each
         ),
     ),
     "mgca-places": dict(
-        methods={"mgca-resnet50": RESNET_50, "untrained-resnet50": RESNET_50, "imagenet-resnet50": RESNET_50},
+        methods={
+            "mgca": dict(options=dict(dim=16, n_prototypes=3)),
+            "mgca-resnet50": RESNET_50,
+            "untrained-resnet50": RESNET_50,
+            "imagenet-resnet50": RESNET_50,
+        },
     ),
     "places": PLACES,
     "places-covid": PLACES,

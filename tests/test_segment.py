@@ -3,7 +3,7 @@
 As a script: train in FOLDER, to be killed.
 """
 
-import os, signal, subprocess, sys, time
+import os, subprocess, sys
 from pathlib import Path
 
 import datasets, numpy as np, pandas as pd, pytest, torch
@@ -16,6 +16,7 @@ from medvlp.methods.base import build_method
 from medvlp.project.config import ComputeOptions
 from medvlp.tasks.segment import Segmenter, SegmentOptions, Truth, find_truth, segment, segmented, survey
 from medvlp.training.downstream import EarlyStopping, PlacedExamples, split_studies
+from small import assert_equal_models, kill_at_first_checkpoint
 
 CPU = ComputeOptions(device="cpu", precision="fp32")
 TEXT = dict(options=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
@@ -72,13 +73,6 @@ def train(folder, **options):
     return Segmenter.from_pretrained(folder / "model")
 
 
-def assert_equal(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     "The segmenter, trained without an interruption"
@@ -86,14 +80,14 @@ def whole(tmp_path_factory):
 
 
 def test_seed_decides_weights(whole, tmp_path):
-    assert_equal(train(tmp_path), whole)
+    assert_equal_models(train(tmp_path), whole)
     other = train(tmp_path, seed=1).state_dict()
     assert any(not torch.equal(x, other[name]) for name, x in whole.state_dict().items())
 
 
 def test_encoder_is_unchanged_unless_it_is_fine_tuned(whole, tmp_path):
     before = make_method().image_encoder
-    assert_equal(whole.encoder, before)  # batch statistics included
+    assert_equal_models(whole.encoder, before)  # batch statistics included
     tuned = train(tmp_path, encoder_learning_rate=1e-3).encoder.state_dict()
     assert any(not torch.equal(x, tuned[name]) for name, x in before.named_parameters())
 
@@ -109,19 +103,13 @@ def test_crashed_training_resumes_to_equal_weights(whole, step, tmp_path, monkey
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path)
     assert list(tmp_path.rglob("complete"))
-    assert_equal(train(tmp_path), whole)
+    assert_equal_models(train(tmp_path), whole)
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_killed_process_resumes_to_equal_weights(whole, tmp_path):
-    process = subprocess.Popen([sys.executable, __file__, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not list(tmp_path.rglob("complete")):
-        assert process.poll() is None, process.communicate()[0].decode()[-2000:]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert list((tmp_path / "checkpoints").iterdir()), "it had finished before it was killed"
-    assert_equal(train(tmp_path), whole)
+    kill_at_first_checkpoint(tmp_path, __file__, tmp_path)
+    assert_equal_models(train(tmp_path), whole)
 
 
 def test_trainings_that_have_finished_are_kept(tmp_path, monkeypatch):
@@ -219,7 +207,7 @@ def test_encoders_of_other_kinds(name, tmp_path):
     pvt = dict(depths=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32], num_heads=[1, 1, 1, 1])
     config = dict(name=name, image_size=32, options=vit if "vit" in name else pvt)
     model = train(tmp_path, image=config, epochs=1)
-    assert_equal(model.encoder, make_method(config).image_encoder)
+    assert_equal_models(model.encoder, make_method(config).image_encoder)
     assert model.predict(make()[0]["image"])[0].shape == (36, 40)
 
 
