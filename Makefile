@@ -2,9 +2,10 @@
 SHELL := /bin/bash
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+unexport PYTHONDONTWRITEBYTECODE # without compiled files each stage spends half a minute on imports
 PYTHON ?= python3
 JOBS ?= $(if $(wildcard /dev/nvidia0),1,$(shell getconf _NPROCESSORS_ONLN))
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint lock.txt
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint lock.txt
 
 .PHONY: help install weights repro experiment check dag trials test lab export readme phantom lock
 help:         ## this list
