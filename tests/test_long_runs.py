@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
 
@@ -30,14 +29,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("long")
     small.prepare(small.write_studies(folder / "data"), folder / "prepared")
     return folder
-
-
-@pytest.fixture(scope="module")
-def processes():
-    "Starts processes that have imported everything already"
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["small", "test_long_runs", "medvlp.training.pretrain"])
-    return context
 
 
 @pytest.fixture(scope="module")

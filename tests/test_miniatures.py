@@ -12,7 +12,6 @@ from medvlp.data.tokens import train_tokenizer
 from medvlp.project import plan
 from medvlp.project.config import merge, read_experiment
 from medvlp.project.stage import RUNNER
-from medvlp.tasks.metrics.text import Meteor
 from medvlp.tasks.questions import read_answers
 from miniatures import FINDINGS, WRITERS
 from small import BERT, write_clip
@@ -153,17 +152,8 @@ def run(stage):
             exec(source, names)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_meteor():
-    "METEOR's program is started once and not in each stage, since it reads its tables for seconds"
-    with Meteor() as program, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Meteor, "__enter__", lambda self: program)
-        patch.setattr(Meteor, "__exit__", lambda *_: None)
-        yield
-
-
 @pytest.fixture
-def project(tmp_path, monkeypatch):
+def project(tmp_path, monkeypatch, one_meteor):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(RUNNER, "1")
     for name in ("nbs", "assets", "dvc.yaml"):
@@ -179,7 +169,7 @@ def test_every_experiment_on_a_public_set_is_here():
 
 
 # the others share most stages
-SLOW = ["aga", "mpma", "mimic-cxr", "amf-lambda", "amf-teachers", "covid-chestxray"]
+SLOW = ["adamatch", "aga", "mpma", "mimic-cxr", "amf-lambda", "amf-teachers", "covid-chestxray"]
 SLOW += ["places", "places-covid", "mgca-places"]
 
 

@@ -5,7 +5,7 @@ import pytest
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 
-from medvlp.tasks.metrics.text import Meteor, bleu, bleu_sums, r2gen_tokens, rouge_cider, text_metrics, tokenise
+from medvlp.tasks.metrics.text import bleu, bleu_sums, r2gen_tokens, rouge_cider, text_metrics, tokenise
 
 LONG = " ".join(f"word{i} of line {i}." for i in range(60))
 CASES = {  # truth, written
@@ -19,21 +19,15 @@ CASES = {  # truth, written
 }
 
 
-@pytest.fixture(scope="module")
-def meteor():
-    with Meteor() as program:
-        yield program
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_meteor(name, meteor):
+def test_meteor(name, one_meteor):
     truth, written = CASES[name]
-    sums = meteor.sums(truth, written)
-    each = meteor.scores(sums)
+    sums = one_meteor.sums(truth, written)
+    each = one_meteor.scores(sums)
     assert sums.shape == (len(truth), 23) and np.all((each >= 0) & (each <= 1))
     for t, w, score in zip(truth, written, each):
         assert (score == 0) == (not set(t.split()) & set(w.split()) - {"|||"})
-    assert 0 <= meteor.scores(sums.sum(0)) <= 1
+    assert 0 <= one_meteor.scores(sums.sum(0)) <= 1
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -51,6 +45,7 @@ def test_cider_and_bleu_are_those_of_pycocoevalcap(name):
         np.testing.assert_allclose(cider, theirs)
 
 
+@pytest.mark.usefixtures("one_meteor")
 @pytest.mark.parametrize("name", CASES)
 def test_the_table_is_whole(name):
     truth, written = CASES[name]
@@ -68,6 +63,7 @@ def test_the_table_is_whole(name):
     assert table["empty"]["model", "CIDEr"] == tokenise(written).count("")
 
 
+@pytest.mark.usefixtures("one_meteor")
 def test_reports_that_differ_in_case_and_stops_only_are_alike():
     table = text_metrics(["No effusion.", "no effusion"], dict(model=["a", "b"]), ["p", "q"], 10).set_index("measure")
     assert np.isnan(table.value.CIDEr) and table.value.drop("CIDEr").notna().all()
