@@ -83,7 +83,7 @@ class StudyDataset(Dataset):
         targets: dict | None = None,  # {name: [N,...]}, a tensor with a row for each study, which goes along with it
         cache_mb: int = 512,  # decode images only once if the pixels of all fit into so many megabytes; 0: never
     ):
-        self.reports = studies.select_columns(["findings", "impression"])
+        self.reports = studies.select_columns(["findings", "impression"]).with_format("arrow")[:]
         self.images = _Pixels(studies, cache_mb * 2**20)
         self.transform, self.sections, self.seed = transform, sections, seed
         self.sentences, self.shuffle = sentences, shuffle
@@ -101,10 +101,11 @@ class StudyDataset(Dataset):
 
     def _view(self, i, *key):
         "Image and report, augmented by their address"
-        report, image = report_text(self.reports[i], self.sections), self.images[i]
+        report = {name: self.reports[name][i].as_py() for name in self.reports.column_names}
         with seeded(*key):
-            image = self.transform(image)
-            return dict(image=image, report=sample_sentences(report, self.sentences, self.shuffle))
+            image = self.transform(self.images[i])
+            text = report_text(report, self.sections)
+            return dict(image=image, report=sample_sentences(text, self.sentences, self.shuffle))
 
 # %% ../../nbs/1_data/07_batches.ipynb #b50827c8
 class EpochSampler(Sampler):

@@ -21,22 +21,28 @@ def bare_code(
     source: str,  # Python
 ) -> str:  # the same without comments, docstrings and blank lines
     "The part of a source that can change a result"
-    lines = source.splitlines()
+    lines, statement = source.splitlines(), []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
-    for node in _docstrings(ast.parse(source)):
-        for row in range(node.lineno - 1, node.end_lineno):
-            lines[row] = ""
+        elif token.type == tokenize.NEWLINE:
+            if all(t.type == tokenize.STRING for t in statement):
+                _blank(lines, statement)
+            statement = []
+        elif token.type not in _LAYOUT:
+            statement.append(token)
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def _docstrings(tree):
-    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for holder in filter(lambda node: isinstance(node, holders), ast.walk(tree)):
-        if ast.get_docstring(holder, clean=False) is not None:
-            yield holder.body[0]
+_LAYOUT = (tokenize.NL, tokenize.INDENT, tokenize.DEDENT)
+
+
+def _blank(lines, tokens):
+    "Remove the lines of some tokens"
+    for token in tokens:
+        for row in range(token.start[0] - 1, token.end[0]):
+            lines[row] = ""
 
 # %% ../../nbs/0_project/01_code.ipynb #149ac26b
 @cache
