@@ -18,7 +18,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from .adapatch import adapt_weights, pop_boxes, use_adapatch
-from .features import ImageFeatures
+from .features import ImageFeatures, in_parts
 from ..project.config import Options
 
 # %% ../../nbs/3_encoders/01_image.ipynb #2d5621f6
@@ -91,6 +91,8 @@ def _end_at(net, stage):
 # %% ../../nbs/3_encoders/01_image.ipynb #c21ce028
 class ImageEncoder(nn.Module):
     "A timm network that returns `ImageFeatures`; `dim` is the width of its image vector, `patch_dim` of its patches"
+
+    at_once = 0  # images that pass through the network together, see `in_parts`; 0: all
 
     def __init__(
         self,
@@ -187,6 +189,12 @@ def forward(
     self: ImageEncoder,
     images: Tensor,  # [B,1,H,W] in 0..1
 ) -> ImageFeatures:
+    return in_parts(self._encode, self.at_once, images)
+
+
+@patch
+def _encode(self: ImageEncoder, images):
+    "The features of images that pass through the network together"
     inputs = []
     hook = self.saliency and self.net.blocks[-1].attn.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
     try:

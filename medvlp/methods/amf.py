@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from torch import Tensor, nn
 
 from ..data.reports import report_text
-from ..encoders.features import ImageFeatures, TextFeatures
+from ..encoders.features import ImageFeatures, TextFeatures, in_parts
 from ..encoders.masked import addressed_noise
 from ..encoders.teachers import load_teacher
 from ..encoders.text import masked_mean
@@ -228,7 +228,7 @@ def fuse(
     own = own_rows(words), own_rows(mask)
     patches = torch.cat([patches, patches, gather(patches)[other]])
     words, mask = (torch.cat([mine, all_[report], mine]) for mine, all_ in zip(own, (words, mask)))
-    fused = cache(lambda: self.fusion.attend(patches, words, mask))
+    fused = cache(lambda: in_parts(self.fusion.attend, self.image_encoder.at_once, patches, words, mask))
     counted = torch.cat([torch.ones_like(found_report), found_report, found_image])
     matched = torch.arange(len(counted), device=counted.device) < len(report)
 

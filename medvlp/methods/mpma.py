@@ -6,7 +6,7 @@
 __all__ = ['MpmaOptions', 'Mpma']
 
 # %% ../../nbs/7_methods/06_mpma.ipynb #6feb8351
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Literal
 
 import torch
@@ -14,13 +14,14 @@ from fastcore.basics import patch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from ..encoders.features import in_parts
 from ..encoders.masked import encode_visible, mask_words, patch_mask, count_patches
 from ..fusion.memory import Fusion
 from ..generation.image_decoder import ImageDecoder
 from ..generation.report_decoder import ReportDecoder
 from ..losses.gla import gaussian_ramp, global_alignment, local_alignment, row_vectors
-from ..losses.masked import patchify, pixel_loss, word_loss
-from ..losses.ops import at_least_float32, masked_softmax
+from ..losses.masked import patchify, pixel_loss, word_losses
+from ..losses.ops import at_least_float32, masked_softmax, mean_over_processes
 from ..losses.ops import similarity as cosines
 from .base import MethodOptions, TokenMethod
 
@@ -106,18 +107,20 @@ def forward(
     addresses: Tensor | None = None,  # [B] int64, seeds of each study's masks; None: its place in the batch
 ) -> dict:  # loss: scalar; terms: {name: scalar}
     mask, ids, labels = self.masks(input_ids, word_ids, addresses)
-    visible = cache(lambda: encode_visible(self.image_encoder, images, mask))
+    size = self.image_encoder.at_once
+    visible = cache(lambda: in_parts(partial(encode_visible, self.image_encoder), size, images, mask))
     image = cache(lambda: self.image_encoder(images))
     aligned = cache(lambda: self.terms(image(), self.text_encoder(input_ids, attention_mask, word_ids)))
 
     def mim():
-        prediction = self.pixels(visible(), mask)
+        prediction = in_parts(self.pixels, size, visible(), mask)
         scale = dict(patch_size=self.patch_size, normalise=self.options.normalise)
         return pixel_loss(prediction, self.standardise(images), mask, **scale)
 
     def mlm():
         patches = image().patches if self.options.vision == "full" else visible()[:, self.image_encoder.prefix :]
-        return word_loss(self.logits(patches, ids, attention_mask), labels)
+        losses = in_parts(self._word_losses, size, self._normed(patches), ids, attention_mask, labels)
+        return mean_over_processes(losses.sum(), len(losses))
 
     alignment = {name: lambda name=name: aligned()[name]() for name in ("global", "local")}
     return self.weighted_loss(dict(mim=mim, mlm=mlm) | alignment)
@@ -172,9 +175,26 @@ def logits(
     attention_mask: Tensor,  # [B,T]
 ) -> Tensor:  # [B,T,V] over the vocabulary
     "Predictions for all positions of the report"
-    patches = self.patch_norm(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
+    return self._decode(self._normed(patches), ids, attention_mask)
+
+
+@patch
+def _normed(self: Mpma, patches):
+    "Patches standardised over the batch"
+    return self.patch_norm(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
+
+
+@patch
+def _decode(self: Mpma, patches, ids, attention_mask):
+    "Predictions from standardised patches"
     embedded, mask = self.report_decoder.embed(ids), attention_mask.bool()
     return self.report_decoder(embedded, mask, *self.fusion(patches, embedded, mask))
+
+
+@patch
+def _word_losses(self: Mpma, patches, ids, attention_mask, labels):
+    "The cross-entropy of each masked token of the reports that are decoded together"
+    return word_losses(self._decode(patches, ids, attention_mask), labels)
 
 # %% ../../nbs/7_methods/06_mpma.ipynb #097e94c6
 @patch

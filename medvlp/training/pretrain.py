@@ -37,9 +37,9 @@ from ..data.images import address, eval_transform, train_transform
 from ..data.prepare import check_writable, count_pairs, load_sets
 from ..data.studies import SPLITS
 from ..data.tokens import build_tokenizer, load_tokenizer
-from ..encoders.image import ImageEncoderOptions
+from ..encoders.image import ImageEncoder, ImageEncoderOptions
 from ..encoders.pretrained import hash_weights
-from ..encoders.text import TextEncoderOptions
+from ..encoders.text import TextEncoder, TextEncoderOptions
 from ..losses.ops import alone, at_least_float32, gather
 from ..methods.base import build_method, load_method
 from ..project.config import ComputeOptions, ConfigError, Fraction, Options
@@ -93,6 +93,12 @@ class PretrainOptions(Options):
     patience: NonNegativeInt = Field(0, description="evaluations without improvement before stopping; 0: never stop")
     checkpoint_steps: NonNegativeInt = Field(0, description="steps between two evaluations; 0: one per epoch")
     log_steps: PositiveInt = Field(20, description="steps between two points of a curve")
+    encoder_batch: NonNegativeInt = Field(
+        0, description="pairs that a process encodes at a time, to save memory; each is encoded twice; 0: all at once"
+    )
+    recompute: bool = Field(
+        False, description="keep only what enters the encoders' layers and compute the rest again: saves memory"
+    )
     channels_last: bool = Field(True, description="the memory order that convolutions prefer")
 
 # %% ../../nbs/8_training/01_pretrain.ipynb #584378cd
@@ -247,6 +253,26 @@ def _machine(compute, device):
         report_to=[],
     )
 
+# %% ../../nbs/8_training/01_pretrain.ipynb #5ebacc9f
+def _save_memory(model, options):
+    "Let the encoders take few pairs at a time, or compute their layers again"
+    for module in model.modules():
+        if isinstance(module, (ImageEncoder, TextEncoder)):
+            module.at_once = options.encoder_batch
+    if options.recompute:
+        model.image_encoder.net.set_grad_checkpointing()
+        model.text_encoder.net.gradient_checkpointing_enable(dict(use_reentrant=False))
+
+
+def _memory_problems(options, model):
+    "Why encoders cannot be computed twice, one line each"
+    name = "encoder_batch" if options.encoder_batch else "recompute"
+    for encoder in ("image_encoder", "text_encoder") if options.encoder_batch or options.recompute else ():
+        layers = list(getattr(model, encoder).modules())
+        if any(isinstance(layer, _BatchNorm) and layer.training for layer in layers):
+            remedy = "choose an encoder without batch norm, such as a ViT, a PVT or a ConvNeXt"
+            yield f"{name}: the {encoder} has batch norms, which depend on the whole batch: {remedy}, or leave it out"
+
 # %% ../../nbs/8_training/01_pretrain.ipynb #b42b56ee
 def _optimizer(options):
     "Class and options of the optimizer; None for Trainer's own AdamW"
@@ -307,6 +333,7 @@ def _problems(options, n_train, n_val, model=None):
         problems.append(f"patience is {options.patience}, but no validation study has a report: {remedy}")
     try:
         if model is not None:
+            problems += _memory_problems(options, model)
             model.check_data(n_train)
     except ValueError as e:
         problems.append(str(e))
@@ -433,6 +460,7 @@ def _make_trainer(model, tokenizer, studies, options, seed, compute, folder, cur
     logging.disable_progress_bar()  # of each checkpoint
     if options.channels_last:
         model.image_encoder.to(memory_format=torch.channels_last)
+    _save_memory(model, options)
     train, val = _datasets(studies, model, options, seed, resolve_device(compute.device))
     how = dict(seed=seed, compute=compute, n_val=len(val), unused=model.leaves_out)
     arguments = training_arguments(options, folder, **how)
