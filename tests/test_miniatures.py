@@ -124,6 +124,10 @@ OWN_SIZES = {  # of each
     ),
     "places": PLACES,
     "places-covid": PLACES,
+    "covid-cyclic": merge(
+        PLACES,
+        dict(tasks=dict(cycle=merge(CYCLE, dict(data=["covid"])), detect=dict(data=[]), segment=dict(data=[]))),
+    ),
     "questions": dict(methods=dict(mpma=dict(image_encoder=dict(image_size=64, options=VIT)))),
 }
 
@@ -170,7 +174,7 @@ def test_every_experiment_on_a_public_set_is_here():
 
 # the others share most stages
 SLOW = ["adamatch", "aga", "mpma", "mimic-cxr", "amf-lambda", "amf-teachers", "covid-chestxray"]
-SLOW += ["places", "places-covid", "mgca-places"]
+SLOW += ["places", "places-covid", "covid-cyclic", "mgca-places"]
 
 
 @pytest.mark.parametrize(
