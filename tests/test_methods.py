@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from medvlp.data.tokens import encode, train_tokenizer
+from medvlp.encoders.image import ImageEncoder
+from medvlp.encoders.text import TextEncoder
 from medvlp.losses.contrastive import info_nce
 from medvlp.losses.gla import global_alignment, local_alignment
 from medvlp.losses.groups import group, group_alignment
@@ -131,6 +133,22 @@ def test_padding_and_order_change_no_term(name):
         for other in others:
             for term, value in model(**other)["terms"].items():
                 close(value, terms[term])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_encoders_in_parts_change_no_gradient(name):
+    model = small(name, image=VIT if SMALL[name][0] is RESNET else None).double().train()
+    model.epoch = 1.0
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    whole = gradients(model, images=BATCH["images"].double())
+    model.load_state_dict(start)  # thresholds and averages of weights move in a step
+    for module in model.modules():
+        if isinstance(module, (ImageEncoder, TextEncoder)):
+            module.at_once = 3
+    parts = gradients(model, images=BATCH["images"].double())
+    close(whole[0], parts[0], 1e-9)
+    for a, b in zip(whole[1], parts[1], strict=True):
+        close(a, b, 1e-9)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -6,15 +6,17 @@
 __all__ = ['TextEncoderOptions', 'text_config', 'TextEncoder', 'masked_mean']
 
 # %% ../../nbs/3_encoders/02_text.ipynb #7a79c45a
+from functools import partial
 from typing import Any, Literal
 
 import torch
+from fastcore.basics import patch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from ..data.tokens import count_words, pool_words, resolve_name, word_mask
-from .features import TextFeatures
+from .features import TextFeatures, in_parts
 from ..project.config import Options, did_you_mean
 
 # %% ../../nbs/3_encoders/02_text.ipynb #03fc62c1
@@ -66,6 +68,8 @@ def text_config(
 class TextEncoder(nn.Module):
     "A BERT-like network that returns `TextFeatures`; `dim` is its width D"
 
+    at_once = 0  # reports that pass through the network together, see `in_parts`; 0: all
+
     def __init__(
         self,
         config: dict,  # of `text_config`
@@ -88,33 +92,6 @@ class TextEncoder(nn.Module):
             remedy = "Choose a BERT-like encoder, or do without: saliency: false, and token_weights: uniform in mgca."
             raise ValueError(f"{problem}. {remedy}")
 
-    def load_pretrained(
-        self,
-        name: str,  # as for `text_config`
-    ):
-        "Load the published weights of an encoder with this configuration"
-        net = AutoModel.from_pretrained(resolve_name(name), attn_implementation=self.net.config._attn_implementation)
-        net.pooler = None
-        self.net.load_state_dict(net.state_dict())
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        word_ids: Tensor,  # [B,T] each, of data.tokens.encode
-    ) -> TextFeatures:
-        n = count_words(word_ids)  # the one value that is read, before the network has anything to do
-        out = self.net(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            output_hidden_states=self.layers > 1,
-            output_attentions=self.saliency,
-        )
-        pieces = torch.stack(out.hidden_states[-self.layers :]).mean(0) if self.layers > 1 else out.last_hidden_state
-        pooled = pieces[:, 0] if self.pool == "cls" else masked_mean(pieces, attention_mask)
-        saliency = _word_saliency(out.attentions[-1], word_ids, n) if self.saliency else None
-        return TextFeatures(pooled, pool_words(pieces, word_ids, n), word_mask(word_ids, n), saliency)
-
 # %% ../../nbs/3_encoders/02_text.ipynb #758b467b
 def _returns_attention(net):
     "Whether a text network returns its attention matrices on request"
@@ -127,6 +104,32 @@ def _returns_attention(net):
     finally:
         net.train()
     return bool(out.get("attentions"))
+
+# %% ../../nbs/3_encoders/02_text.ipynb #4887b204
+@patch
+def forward(
+    self: TextEncoder,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    word_ids: Tensor,  # [B,T] each, of data.tokens.encode
+) -> TextFeatures:
+    encode = partial(self._encode, count_words(word_ids))
+    return in_parts(encode, self.at_once, input_ids, attention_mask, word_ids)
+
+
+@patch
+def _encode(self: TextEncoder, n, input_ids, attention_mask, word_ids):
+    "The features, of n words at most, of reports that pass through the network together"
+    out = self.net(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        output_hidden_states=self.layers > 1,
+        output_attentions=self.saliency,
+    )
+    pieces = torch.stack(out.hidden_states[-self.layers :]).mean(0) if self.layers > 1 else out.last_hidden_state
+    pooled = pieces[:, 0] if self.pool == "cls" else masked_mean(pieces, attention_mask)
+    saliency = _word_saliency(out.attentions[-1], word_ids, n) if self.saliency else None
+    return TextFeatures(pooled, pool_words(pieces, word_ids, n), word_mask(word_ids, n), saliency)
 
 # %% ../../nbs/3_encoders/02_text.ipynb #bdbccce7
 def masked_mean(
@@ -146,3 +149,14 @@ def _word_saliency(
     "Attention of the class token to each word (MGCA, below Eq. 5)"
     weights = pool_words(attention.mean(1)[:, 0], word_ids, n)
     return weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+
+# %% ../../nbs/3_encoders/02_text.ipynb #f5b5263d
+@patch
+def load_pretrained(
+    self: TextEncoder,
+    name: str,  # as for `text_config`
+):
+    "Load the published weights of an encoder with this configuration"
+    net = AutoModel.from_pretrained(resolve_name(name), attn_implementation=self.net.config._attn_implementation)
+    net.pooler = None
+    self.net.load_state_dict(net.state_dict())
