@@ -81,7 +81,7 @@ def answering_benchmark(
                 rows.append(dict(candidates=n, way=way, seconds=seconds(step, repeats) / (steps * batch_size)))
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/benchmarks/03_answering.ipynb #1597a5d2
 def _random_questions(model, n):
     "Questions of eight words about an image each"
     rng, size = np.random.default_rng(0), model.config.image["image_size"]

@@ -90,7 +90,7 @@ def clusters(
         )
     return found
 
-
+# %% ../../nbs/figures/05_prototypes.ipynb #36787189
 def _known_labels(labels, n):
     "Labels as a table of n rows, NaN where uncertain or unknown"
     table = pd.DataFrame(index=range(n)) if labels is None else pd.DataFrame(labels).reset_index(drop=True)

@@ -104,7 +104,7 @@ def _glued(words):
         lengths.append(text_width(word))
     return sum(lengths)
 
-
+# %% ../../nbs/figures/00_style.ipynb #5edf4692
 def _pieces(word, space, look, width):
     "A word, in pieces if it is wider than a line"
     pieces, left = [""], width

@@ -286,7 +286,7 @@ def _processors(allowed, decoding, rows):
         steps.append(AddressedNoise([address(decoding.seed, row) for row in rows]))
     return LogitsProcessorList(steps)
 
-
+# %% ../../nbs/6_generation/09_bidirectional.ipynb #567cd9bf
 @patch
 @torch.inference_mode()
 def generate(

@@ -51,7 +51,7 @@ class ReporterConfig(DownstreamConfig):
     length_penalty: float = 1.0  # of beams: above 1 favours long reports
     prior_penalty: float = 0.0  # weight of the average image's log-probabilities, which are subtracted
 
-
+# %% ../../nbs/6_generation/02_reporter.ipynb #b3d0336c
 class Reporter(DownstreamModel):
     "An image encoder, and a decoder that writes about the image"
 
@@ -83,7 +83,7 @@ class Reporter(DownstreamModel):
         ).logits
         return dict(loss=F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), logits=logits)
 
-
+# %% ../../nbs/6_generation/02_reporter.ipynb #d16b2fd1
 AutoConfig.register("reporter", ReporterConfig, exist_ok=True)
 
 # %% ../../nbs/6_generation/02_reporter.ipynb #7949f5a6

@@ -145,7 +145,7 @@ def forward(
     text = self.text_encoder(input_ids, attention_mask, word_ids)
     return self.weighted_loss(self.terms(image, text))
 
-
+# %% ../../nbs/7_methods/00_base.ipynb #e0752a4a
 @patch
 def weighted_loss(
     self: Method,

@@ -125,7 +125,7 @@ def forward(
     alignment = {name: lambda name=name: aligned()[name]() for name in ("global", "local")}
     return self.weighted_loss(dict(mim=mim, mlm=mlm) | alignment)
 
-
+# %% ../../nbs/7_methods/06_mpma.ipynb #dfaa53aa
 @patch
 def terms(self: Mpma, image, text):
     "The alignment terms (Eq. 6-9); `forward` adds the reconstruction"
@@ -166,7 +166,7 @@ def pixels(
     "Predictions for all patches"
     return self.image_decoder(visible, mask, self.image_encoder.prefix)
 
-
+# %% ../../nbs/7_methods/06_mpma.ipynb #3e8a3f93
 @patch
 def logits(
     self: Mpma,
@@ -190,7 +190,7 @@ def _decode(self: Mpma, patches, ids, attention_mask):
     embedded, mask = self.report_decoder.embed(ids), attention_mask.bool()
     return self.report_decoder(embedded, mask, *self.fusion(patches, embedded, mask))
 
-
+# %% ../../nbs/7_methods/06_mpma.ipynb #f4cbb465
 @patch
 def _word_losses(self: Mpma, patches, ids, attention_mask, labels):
     "The cross-entropy of each masked token of the reports that are decoded together"

@@ -237,7 +237,7 @@ class _Task(Options):
     methods: list[str]
     options: Options
 
-
+# %% ../../nbs/0_project/04_plan.ipynb #cc88a667
 def _check_tasks(problems, experiment, runs, file):
     "{task: _Task}"
     tasks, known = {}, _tasks()
@@ -265,7 +265,7 @@ def _prompts(options):
     "The file of prompts of a task; empty for none"
     return options.zero_shot.prompts if hasattr(options, "zero_shot") else ""
 
-
+# %% ../../nbs/0_project/04_plan.ipynb #782b303c
 def _prompt_problems(file, labels):
     "What is wrong with a file of prompts, and which of its findings is a misspelt label"
     try:
@@ -298,7 +298,7 @@ def _named(names):
     "Names that a set must have; `auto` takes what there is"
     return [] if names == "auto" else list(names)
 
-
+# %% ../../nbs/0_project/04_plan.ipynb #fe23272a
 def check_manifest(
     manifest: dict,  # of a prepared set
     needs: dict,  # labels, lists of sections of which one must have text, and files of prompts

@@ -217,7 +217,7 @@ def _stop(number, frame):
     _end_children()
     sys.exit(128 + number)
 
-
+# %% ../../nbs/0_project/03_run.ipynb #ee2a07c4
 class Waiting:
     "What a patient signal has begun: which it was, and who is asked to end"
 

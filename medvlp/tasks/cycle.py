@@ -249,7 +249,7 @@ def collect(
     facts = studies["patient_id"][:], (table := label_frame(studies, labels)), _sides(studies, table)
     return Material(images, tokens, report_texts(studies, sections), *listed, *facts)
 
-
+# %% ../../nbs/9_tasks/12_cycle.ipynb #ce5a8e53
 def read_images(
     studies,  # of load_studies
     config,  # of a VQ-GAN

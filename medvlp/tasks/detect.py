@@ -175,7 +175,7 @@ def find(
             out.append(box_frame(names[d.labels.cpu().numpy()], d.boxes.cpu(), d.scores.cpu()))
     return out
 
-
+# %% ../../nbs/9_tasks/14_detect.ipynb #14a74a99
 @patch
 def on_picture(
     self: Detector,
@@ -355,7 +355,7 @@ def detect(
     table = _table(learnt, chance, _facts(test, labels, options))
     return TaskResult(probe_scores(table), table, headline={f"mAP {100 * max(options.fractions):g} %": "mAP"})
 
-
+# %% ../../nbs/9_tasks/14_detect.ipynb #f4b5959d
 def _facts(test, labels, options):
     "What stands behind each number; classes that could not be learnt are named with the mean"
     facts, rest = truth_facts(test, labels), sorted(_names(test) - set(labels))

@@ -119,7 +119,7 @@ def features(
     "The image vectors that the linear layer reads"
     return _apply(self, lambda x: self.encoder(x).pooled, images, **reading)
 
-
+# %% ../../nbs/9_tasks/06_finetune.ipynb #514a1bc8
 @patch
 def logits(
     self: Classifier,

@@ -190,7 +190,7 @@ class SegmenterConfig(DownstreamConfig):
     dice_weight: float = 1.0
     threshold: float = 0.5  # probability above which a pixel belongs to a class
 
-
+# %% ../../nbs/9_tasks/15_segment.ipynb #b77a6923
 class Segmenter(DownstreamModel):
     "An image encoder with a U-Net's decoder, which gives a map of logits for each class"
 
@@ -290,7 +290,7 @@ def _join(
     mean = tv.center_crop(total / count, list(item["cut"]))
     return F.interpolate(mean[None], item["size"][::-1], mode="bilinear", antialias=False)[0]
 
-
+# %% ../../nbs/9_tasks/15_segment.ipynb #a3338d51
 @patch
 @torch.inference_mode()
 def logits(
@@ -466,7 +466,7 @@ def segment(
     shutil.rmtree(folder)
     return TaskResult(probe_scores(table), table)
 
-
+# %% ../../nbs/9_tasks/15_segment.ipynb #634e8c0f
 def _scores(segmenter, studies, truth, workers):
     "[n,K,M,2] of the M measures"
     masks = segmenter.predict(studies["image"], workers=workers)

@@ -147,7 +147,7 @@ def yolo_loss(
 def _bce(logits, targets):
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
-
+# %% ../../nbs/9_tasks/13_yolo.ipynb #b63fb099
 def _box_terms(offsets, targets):
     "[B,M]"
     place = _bce(offsets[..., :2], targets[..., :2])

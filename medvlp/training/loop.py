@@ -108,7 +108,7 @@ def is_whole(
     except (OSError, ValueError):
         return False
 
-
+# %% ../../nbs/8_training/00_loop.ipynb #098009d3
 def sync(
     path: str | Path,  # a file or a folder
 ) -> None:
@@ -152,7 +152,7 @@ def newest_checkpoint(
     "The newest checkpoint with a mark, by its name alone"
     return next((str(p) for p in _marked(folder)[skip:]), None)
 
-
+# %% ../../nbs/8_training/00_loop.ipynb #c1ca18b1
 def _marked(folder):
     "Checkpoints with a mark, the newest first"
     marks = Path(folder).glob("checkpoint-*/complete")
@@ -235,7 +235,7 @@ class Guard(TrainerCallback):
         check_finite(model, state.global_step, args.output_dir)
         finish_checkpoint(args.output_dir, state, self.kept)
 
-
+# %% ../../nbs/8_training/00_loop.ipynb #5ca3bb49
 def check_finite(
     model,
     step: int,
@@ -252,7 +252,7 @@ def _not_finite(step, what, folder):
     earlier = f"the last good checkpoint is {last}" if last else "there was no checkpoint before"
     raise FloatingPointError(f"step {step}: {what} is not finite. {remedy}; {earlier}.")
 
-
+# %% ../../nbs/8_training/00_loop.ipynb #456a3b1c
 def finish_checkpoint(
     folder: str | Path,  # of the run's checkpoints
     state: TrainerState,  # with the step whose checkpoint has been written
@@ -280,7 +280,7 @@ class Interrupted(SystemExit):
     def __str__(self):
         return self.message
 
-
+# %% ../../nbs/8_training/00_loop.ipynb #e1a89913
 class StopSignals:
     "A context in which SIGTERM and SIGUSR1 are noted and do not end the process"
 

@@ -230,7 +230,7 @@ def _workers(compute, device):
     workers, here = resolve_workers(compute.workers, device), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return workers if compute.workers != "auto" else -(-workers // here)
 
-
+# %% ../../nbs/8_training/01_pretrain.ipynb #4937af84
 def _one_gpu(arguments):
     "One process trains on one GPU: on several, Trainer would divide each batch, and the negatives with it"
     if arguments.n_gpu > 1:
@@ -370,7 +370,7 @@ class _OnCpu(_BatchNorm):
     def _check_input_dim(self, x):
         "Any will do"
 
-
+# %% ../../nbs/8_training/01_pretrain.ipynb #a855ce42
 class _OnCpuAct(_OnCpu):
     "One of timm's that ends in an activation"
 
@@ -517,7 +517,7 @@ def pretrain_stage(
     folders = dict(output=outputs["model"], curves=outputs["curves"], checkpoints=outputs["checkpoints"])
     return pretrain(model, tokenizer, studies, options, seed=stage.seed, compute=stage.compute, **folders).state
 
-
+# %% ../../nbs/8_training/01_pretrain.ipynb #8ec0f23b
 def _launch(stage):
     "The same in processes that read the stage from a file"
     processes = stage.compute.processes

@@ -269,7 +269,7 @@ def text_metrics(
     rows += _table_rows("truth", ["distinct"], ["all"], [[x] for x in _distinct(gold)], n=n, empty=0, note=few)
     return _with_notes(pd.DataFrame(rows)[_COLUMNS], note, reason)
 
-
+# %% ../../../nbs/9_tasks/metrics/01_text.ipynb #57366cb4
 def _distinct(texts):
     "Fraction of distinct reports among some, which has no interval"
     return Estimate(len(set(texts)) / len(texts))
@@ -345,7 +345,7 @@ def finding_metrics(
     table.loc[table.value.isna(), "note"] = "no true report affirms it"
     return table
 
-
+# %% ../../../nbs/9_tasks/metrics/01_text.ipynb #9321da23
 def _difference(f, g, counts=None):
     "How much one statistic exceeds another in the same resamples"
     return f(counts) - g(counts)
