@@ -11,6 +11,9 @@ from difflib import get_close_matches
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+
+from fastcore.basics import patch
+
 from ..project.config import ConfigError, read_yaml
 
 # %% ../../nbs/1_data/02_headings.ipynb #01808166
@@ -59,28 +62,32 @@ class Headings:
         "The section that the table lists a heading under, spelt exactly as there"
         return self.known.get(_key(name))
 
-    def _section(
-        self,
-        name: str,  # what stands before the colon, at the start of a line
-    ) -> str | None:  # None: no heading
-        "The section that a heading opens"
-        key = _key(name)
-        if key in self.known:
-            return self.known[key]
-        if re.search(r"[.;!?]\s", key) or len(key) < 4:
-            return None
-        close = get_close_matches(key, self.known, 1, SIMILAR) if len(key.split()) <= MAX_WORDS else []
-        if close:
-            return self.known[close[0]]
-        return None if name != name.upper() else self._capitals(key)
+# %% ../../nbs/1_data/02_headings.ipynb #e17552bf
+@patch
+def _section(
+    self: Headings,
+    name: str,  # what stands before the colon, at the start of a line
+) -> str | None:  # None: no heading
+    "The section that a heading opens"
+    key = _key(name)
+    if key in self.known:
+        return self.known[key]
+    if re.search(r"[.;!?]\s", key) or len(key) < 4:
+        return None
+    close = get_close_matches(key, self.known, 1, SIMILAR) if len(key.split()) <= MAX_WORDS else []
+    if close:
+        return self.known[close[0]]
+    return None if name != name.upper() else self._capitals(key)
 
-    def _capitals(self, key):
-        "The section of a heading in capitals that is not listed"
-        n = len(key.split())
-        for section, words in self.words.items():
-            if words.search(key) and (n <= MAX_WORDS or section == "title"):
-                return section
-        return "other" if n <= MAX_WORDS else None
+
+@patch
+def _capitals(self: Headings, key):
+    "The section of a heading in capitals that is not listed"
+    n = len(key.split())
+    for section, words in self.words.items():
+        if words.search(key) and (n <= MAX_WORDS or section == "title"):
+            return section
+    return "other" if n <= MAX_WORDS else None
 
 # %% ../../nbs/1_data/02_headings.ipynb #ebd6119d
 def read_headings(

@@ -11,7 +11,9 @@ from functools import cache, lru_cache
 from importlib.resources import files
 from itertools import pairwise, product
 from pathlib import Path
+
 import yaml
+from fastcore.basics import patch
 
 # %% ../../nbs/1_data/04_labeller.ipynb #e6b9a524
 def _flat(entries) -> list[str]:
@@ -205,19 +207,21 @@ class Labeller:
         parts = ((start, self._read(clause)) for start, clause in _clauses(text, self._pattern))
         return [(name, value, start + i, start + j) for start, found in parts for name, value, i, j in found]
 
-    def __call__(
-        self,
-        text: str,  # a report: findings, impression or both
-    ) -> dict[str, int]:  # {finding: 1 present, -1 uncertain, 0 negated, gone or not mentioned}
-        "The findings that a report asserts"
-        values = {name: set() for name in self.terms}
-        for name, value, _, _ in self.mentions(text):
-            values[name].add(value)
-        labels = {name: 1 if 1 in v else -1 if -1 in v else 0 for name, v in values.items()}
-        for name, rule in self.terms.items():
-            if isinstance(rule, dict) and text.strip():
-                labels[name] = int(not any(v for k, v in labels.items() if k not in (name, *rule["nothing_but"])))
-        return labels
+# %% ../../nbs/1_data/04_labeller.ipynb #c17d5f55
+@patch
+def __call__(
+    self: Labeller,
+    text: str,  # a report: findings, impression or both
+) -> dict[str, int]:  # {finding: 1 present, -1 uncertain, 0 negated, gone or not mentioned}
+    "The findings that a report asserts"
+    values = {name: set() for name in self.terms}
+    for name, value, _, _ in self.mentions(text):
+        values[name].add(value)
+    labels = {name: 1 if 1 in v else -1 if -1 in v else 0 for name, v in values.items()}
+    for name, rule in self.terms.items():
+        if isinstance(rule, dict) and text.strip():
+            labels[name] = int(not any(v for k, v in labels.items() if k not in (name, *rule["nothing_but"])))
+    return labels
 
 # %% ../../nbs/1_data/04_labeller.ipynb #e6b68989
 @cache

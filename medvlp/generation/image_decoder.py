@@ -7,6 +7,7 @@ __all__ = ['ImageDecoder']
 
 # %% ../../nbs/6_generation/00_image_decoder.ipynb #d7db3406
 import torch
+from fastcore.basics import patch
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -53,17 +54,19 @@ class ImageDecoder(nn.Module):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
 
-    def forward(
-        self,
-        tokens: Tensor,  # [B,P+V,D] of `encode_visible`: P prefix tokens, V visible patches in their order
-        mask: Tensor,  # [B,N] bool, True where masked; each row has V that are not
-        prefix: int = 1,  # P
-    ) -> Tensor:  # [B,N,p*p*C], predictions for all patches
-        visible, places = int((~mask).sum()), len(self.places)
-        if mask.shape[1] != places or visible != mask.shape[0] * (tokens.shape[1] - prefix):
-            given = f"tokens {tuple(tokens.shape)} with {prefix} prefix tokens"
-            masked = f"a mask {tuple(mask.shape)} with {visible} visible patches in all"
-            raise ValueError(f"image decoder: {given} and {masked} do not fit a grid of {places}")
-        x = self.embed(tokens)
-        x = torch.cat([x[:, :prefix], _fill_in(x[:, prefix:], mask, self.token) + self.places.to(x.dtype)], 1)
-        return self.head(self.norm(self.blocks(x))[:, prefix:])
+# %% ../../nbs/6_generation/00_image_decoder.ipynb #c75a2025
+@patch
+def forward(
+    self: ImageDecoder,
+    tokens: Tensor,  # [B,P+V,D] of `encode_visible`: P prefix tokens, V visible patches in their order
+    mask: Tensor,  # [B,N] bool, True where masked; each row has V that are not
+    prefix: int = 1,  # P
+) -> Tensor:  # [B,N,p*p*C], predictions for all patches
+    visible, places = int((~mask).sum()), len(self.places)
+    if mask.shape[1] != places or visible != mask.shape[0] * (tokens.shape[1] - prefix):
+        given = f"tokens {tuple(tokens.shape)} with {prefix} prefix tokens"
+        masked = f"a mask {tuple(mask.shape)} with {visible} visible patches in all"
+        raise ValueError(f"image decoder: {given} and {masked} do not fit a grid of {places}")
+    x = self.embed(tokens)
+    x = torch.cat([x[:, :prefix], _fill_in(x[:, prefix:], mask, self.token) + self.places.to(x.dtype)], 1)
+    return self.head(self.norm(self.blocks(x))[:, prefix:])

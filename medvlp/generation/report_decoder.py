@@ -6,9 +6,12 @@
 __all__ = ['ReportDecoder']
 
 # %% ../../nbs/6_generation/01_report_decoder.ipynb #badf19ce
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
+from fastcore.basics import patch
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
+
 from ..fusion.memory import key_padding_mask
 from ..losses.ops import mask_padding
 
@@ -47,29 +50,33 @@ class ReportDecoder(nn.Module):
             length, width = self.places.weight.shape
             self.places.weight.copy_(0.1 * build_sincos2d_pos_embed([length], 2 * width))
 
-    def embed(
-        self,
-        ids: Tensor,  # [B,T] int64, tokens; `mask_id` where masked
-    ) -> Tensor:  # [B,T,D], E_t
-        "The report as vectors, for the fusion and for `forward`"
-        longest = self.places.num_embeddings
-        if ids.shape[1] > longest:
-            problem = f"report decoder: a report of {ids.shape[1]} tokens, but at most {longest} are possible"
-            raise ValueError(
-                f"{problem}. Cut reports to {longest} tokens or build the decoder with a larger max_tokens."
-            )
-        return self.before(self.pieces(ids) + self.places.weight[: ids.shape[1]])
+# %% ../../nbs/6_generation/01_report_decoder.ipynb #33eb8c06
+@patch
+def embed(
+    self: ReportDecoder,
+    ids: Tensor,  # [B,T] int64, tokens; `mask_id` where masked
+) -> Tensor:  # [B,T,D], E_t
+    "The report as vectors, for the fusion and for `forward`"
+    longest = self.places.num_embeddings
+    if ids.shape[1] > longest:
+        problem = f"report decoder: a report of {ids.shape[1]} tokens, but at most {longest} are possible"
+        raise ValueError(
+            f"{problem}. Cut reports to {longest} tokens or build the decoder with a larger max_tokens."
+        )
+    return self.before(self.pieces(ids) + self.places.weight[: ids.shape[1]])
 
-    def forward(
-        self,
-        embedded: Tensor,  # [B,T,D] of `embed`
-        mask: Tensor,  # [B,T] bool, True for tokens of the report
-        tokens: Tensor,  # [B,S,D] C of the fusion, whose last T tokens stand for the report's
-        real: Tensor,  # [B,S] bool, True where a fused token is not padding
-    ) -> Tensor:  # [B,T,V] logits
-        tokens = mask_padding(tokens, real)
-        x = mask_padding(embedded, mask) + tokens[:, -embedded.shape[1] :]
-        ignored = dict(tgt_key_padding_mask=key_padding_mask(mask), memory_key_padding_mask=key_padding_mask(real))
-        for layer in self.layers:
-            x = layer(x, tokens, **ignored)
-        return F.linear(self.after(x), self.pieces.weight[:-1], self.bias)
+# %% ../../nbs/6_generation/01_report_decoder.ipynb #15bb65bc
+@patch
+def forward(
+    self: ReportDecoder,
+    embedded: Tensor,  # [B,T,D] of `embed`
+    mask: Tensor,  # [B,T] bool, True for tokens of the report
+    tokens: Tensor,  # [B,S,D] C of the fusion, whose last T tokens stand for the report's
+    real: Tensor,  # [B,S] bool, True where a fused token is not padding
+) -> Tensor:  # [B,T,V] logits
+    tokens = mask_padding(tokens, real)
+    x = mask_padding(embedded, mask) + tokens[:, -embedded.shape[1] :]
+    ignored = dict(tgt_key_padding_mask=key_padding_mask(mask), memory_key_padding_mask=key_padding_mask(real))
+    for layer in self.layers:
+        x = layer(x, tokens, **ignored)
+    return F.linear(self.after(x), self.pieces.weight[:-1], self.bias)
