@@ -103,8 +103,8 @@ def _largest(value):
         dist.all_gather_object(values, value)
     return max(values)
 
-# %% ../../nbs/benchmarks/05_steps.ipynb #4a6c7162
-def _step(options, batch_size, precision, device, alone):
+# %% ../../nbs/benchmarks/05_steps.ipynb #9ee85d04
+def _step(options, batch_size, precision, alone, device):
     "A step of the method or of its encoders alone, and the bytes of weights and of AdamW's averages that it holds"
     torch.manual_seed(0)
     encoders = options.image_encoder.model_dump(), options.text_encoder.model_dump()
@@ -114,18 +114,18 @@ def _step(options, batch_size, precision, device, alone):
         model.image_encoder.to(memory_format=torch.channels_last)
     T = options.max_tokens
     batch = random_batch(model, batch_size // _processes(), T, (T - 2) * 97 // 110, device)
-    module = EncodersAlone(model) if alone else model
+    module = EncodersAlone(model).requires_grad_() if alone else model  # also where the method freezes them
     held = sum(x.nbytes * (3 if x.requires_grad else 1) for x in [*module.parameters(), *module.buffers()])
     return training_step(_shared(module, device), batch, precision, options.max_grad_norm), held
 
 
 def _cost(*what, repeats, device):
     "Milliseconds of a step, megabytes that it needs for a while, and those that stay"
-    step, held = _step(*what[:-1], device, what[-1])
+    step, held = _step(*what, device)
     ms = 1e3 * _largest(seconds(step, repeats))
     return ms, _largest(peak_bytes(step, device)) / 1e6, held / 1e6
 
-# %% ../../nbs/benchmarks/05_steps.ipynb #8b610509
+# %% ../../nbs/benchmarks/05_steps.ipynb #8dac9e63
 def _row(name, options, batch_size, precision, repeats, device):
     "A row of the table"
     how = dict(repeats=repeats, device=device)
@@ -143,7 +143,7 @@ def _measure(options, batches, precisions, repeats, device):
     shown = tqdm(cases, desc="steps", unit="case", disable=dist.is_initialized() and dist.get_rank() > 0)
     return [_row(*case, repeats, device) for case in shown]
 
-# %% ../../nbs/benchmarks/05_steps.ipynb #8ac3aad6
+# %% ../../nbs/benchmarks/05_steps.ipynb #df518b14
 def _launch(processes, job):
     "What `_measure` returns, from several processes"
     with TemporaryDirectory() as folder:
@@ -165,7 +165,7 @@ def _work(file):
         Path(file).with_suffix(".rows").write_text(json.dumps(rows))
     state.destroy_process_group()
 
-# %% ../../nbs/benchmarks/05_steps.ipynb #b2cc4562
+# %% ../../nbs/benchmarks/05_steps.ipynb #461a369f
 def _check_parts(batches, processes, device):
     "`ConfigError` if a batch cannot be shared by the processes, or if a process would have no GPU"
     found = torch.cuda.device_count()
@@ -192,7 +192,7 @@ def step_benchmark(
     job["options"] = {name: o.model_dump(mode="json") for name, o in options.items()}
     return pd.DataFrame([row for n in processes for row in (_measure(**job) if n == 1 else _launch(n, job))])
 
-# %% ../../nbs/benchmarks/05_steps.ipynb #d69cd51e
+# %% ../../nbs/benchmarks/05_steps.ipynb #6e8ff0d8
 class _Part(Dataset):
     "One part of the loader's work, addressed as a study is"
 
@@ -219,7 +219,7 @@ def _transform(pictures, transform, epoch, i):
     with seeded(0, epoch, i):
         return transform(pictures[i % len(pictures)])
 
-# %% ../../nbs/benchmarks/05_steps.ipynb #82133d53
+# %% ../../nbs/benchmarks/05_steps.ipynb #7d702681
 def _rate(dataset, batch_size, workers, repeats, collate=None):
     "Studies per second of passes over a data set; the workers have begun before"
     sampler, more = EpochSampler(len(dataset), 0, lambda: 1), dict(persistent_workers=workers > 0)
@@ -259,7 +259,7 @@ def loading_benchmark(
     rates = [(part, w, _rate(parts[part][0], o.batch_size, w, repeats, parts[part][1])) for part, w in cases]
     return pd.DataFrame(rates, columns=["part", "workers", "studies_per_s"])
 
-# %% ../../nbs/benchmarks/05_steps.ipynb #7aca3ad8
+# %% ../../nbs/benchmarks/05_steps.ipynb #a8902dc5
 def draw_studies(
     folder: str | Path,  # new
     image_size: int,  # pixels of the square that the encoder reads
@@ -271,7 +271,7 @@ def draw_studies(
     prepare(DataOptions(folder=str(Path(folder, "drawn")), image_size=stored), Path(folder, "prepared"))
     return load_studies(Path(folder, "prepared"))
 
-# %% ../../nbs/benchmarks/05_steps.ipynb #aa044372
+# %% ../../nbs/benchmarks/05_steps.ipynb #1c496992
 def plot_steps(
     table: pd.DataFrame,  # of `step_benchmark`
 ) -> plt.Figure:
@@ -286,7 +286,7 @@ def plot_steps(
     ax.legend(frameon=False)
     return fig
 
-# %% ../../nbs/benchmarks/05_steps.ipynb #1e07add4
+# %% ../../nbs/benchmarks/05_steps.ipynb #8d3ccb7c
 def plot_loading(
     table: pd.DataFrame,  # of `loading_benchmark`
     training: float | None = None,  # studies per second that are trained, drawn as a line
@@ -303,7 +303,7 @@ def plot_loading(
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
-# %% ../../nbs/benchmarks/05_steps.ipynb #c607283b
+# %% ../../nbs/benchmarks/05_steps.ipynb #b02c4033
 def _parser():
     parser = argparse.ArgumentParser(
         prog="python -m medvlp.benchmarks.steps", description="Time and memory of training steps, and rates of loading"
@@ -325,7 +325,7 @@ def _parser():
     parser.add_argument("--job", help=argparse.SUPPRESS)  # of a launched process
     return parser
 
-# %% ../../nbs/benchmarks/05_steps.ipynb #607233a9
+# %% ../../nbs/benchmarks/05_steps.ipynb #49b1f6cf
 def _keep(table, plot, out, name):
     "Print a table, and save it and its figure"
     table.to_csv(Path(out, f"{name}.csv"), index=False, float_format="%.4g")
@@ -356,7 +356,7 @@ def verdict(
         lines.append(f"{part}: {best.workers} workers load {best.studies_per_s:.0f} studies per second, {times}")
     return "; ".join(lines) + f" ({fastest.method}, {need:.3g} per second)"
 
-# %% ../../nbs/benchmarks/05_steps.ipynb #cc7895f1
+# %% ../../nbs/benchmarks/05_steps.ipynb #390135c1
 def main(
     argv: list[str] | None = None,  # the command line
 ) -> None:
