@@ -278,10 +278,11 @@ def plot_steps(
     "Each method's step relative to that of its encoders"
     settings = [f"B {r.batch}, {r.precision}, processes {r.processes}" for r in table.itertuples()]
     wide = table.assign(setting=settings).pivot(index="method", columns="setting", values="relative")
-    wide = wide.loc[table.method.unique()[::-1], list(dict.fromkeys(settings))]
+    wide = wide.loc[table.method.unique(), list(dict.fromkeys(settings))]
     fig, ax = plt.subplots(figsize=(5.5, 0.9 + 0.12 * wide.size + 0.12 * len(wide)), layout="constrained")
     wide.plot.barh(ax=ax, width=0.8)
     ax.axvline(1, color="grey", ls=":")
+    ax.invert_yaxis()  # the first method on top
     ax.set(xlabel="step, relative to that of the encoders", ylabel="")
     ax.legend(frameon=False)
     return fig
@@ -300,6 +301,8 @@ def plot_loading(
     if training:
         ax.axhline(training, color="C3", lw=1, label="training")
     ax.set(xlabel="workers", ylabel="studies per second", yscale="log", xticks=table.workers.unique())
+    ax.yaxis.set_major_formatter("{x:.0f}")
+    ax.yaxis.set_minor_formatter("{x:.0f}")
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
