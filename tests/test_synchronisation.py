@@ -17,16 +17,19 @@ PACKAGE = Path(__file__).parent.parent / "medvlp"
 
 # Where a step waits all the same: {(file, function): why}
 REAL_WORDS = "batch normalisation over the real words only: their number is a shape, and SyncBatchNorm takes no mask"
+MASKED = "the vocabulary is large, so only masked words are scored: their number is a shape"
 VISIBLE = "the encoder sees the visible patches only: their number is a shape, and it is checked against the mask"
 EXCEPTIONS = {
     ("data/tokens.py", "count_words"): "the words of the longest report are a shape; read first, before the networks",
-    ("encoders/text.py", "forward"): "transformers looks whether any token is padding, for a faster attention",
+    ("encoders/text.py", "_encode"): "transformers looks whether any token is padding, for a faster attention",
     ("methods/base.py", "forward"): REAL_WORDS,
     ("generation/reader.py", "forward"): REAL_WORDS,
     ("encoders/masked.py", "_check_visible"): VISIBLE,
     ("encoders/masked.py", "_keep_visible"): VISIBLE,
     ("generation/image_decoder.py", "forward"): VISIBLE,
-    ("losses/masked.py", "word_loss"): "logits of half the words need not be float32: B x L x vocabulary is gigabytes",
+    ("losses/masked.py", "word_losses"): MASKED,
+    ("generation/report_decoder.py", "forward"): MASKED,
+    ("methods/mpma.py", "_word_losses"): MASKED,
     ("autograd", ""): "the backward pass of these",
 }
 

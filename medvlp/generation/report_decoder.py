@@ -73,10 +73,12 @@ def forward(
     mask: Tensor,  # [B,T] bool, True for tokens of the report
     tokens: Tensor,  # [B,S,D] C of the fusion, whose last T tokens stand for the report's
     real: Tensor,  # [B,S] bool, True where a fused token is not padding
-) -> Tensor:  # [B,T,V] logits
+    wanted: Tensor | None = None,  # [B,T] bool, the M positions to be scored; None: all
+) -> Tensor:  # [B,T,V] logits, or [M,V] of the wanted positions
     tokens = mask_padding(tokens, real)
     x = mask_padding(embedded, mask) + tokens[:, -embedded.shape[1] :]
     ignored = dict(tgt_key_padding_mask=key_padding_mask(mask), memory_key_padding_mask=key_padding_mask(real))
     for layer in self.layers:
         x = layer(x, tokens, **ignored)
+    x = x if wanted is None else x[wanted]  # the vocabulary is large
     return F.linear(self.after(x), self.pieces.weight[:-1], self.bias)

@@ -61,12 +61,12 @@ def pixel_loss(
 
 # %% ../../nbs/4_losses/06_masked.ipynb #767234c8
 def word_losses(
-    logits: Tensor,  # [B,L,V], V tokens in the vocabulary
-    labels: Tensor,  # [B,L] int64, -100 where nothing is predicted
+    logits: Tensor,  # [...,V], V tokens in the vocabulary
+    labels: Tensor,  # [...] int64, -100 where nothing is predicted
 ) -> Tensor:  # [M], of the M masked tokens
     "Cross-entropy of each masked token"
-    if labels.shape != logits.shape[:2]:
-        expected = tuple(logits.shape[:2])
+    if labels.shape != logits.shape[:-1]:
+        expected = tuple(logits.shape[:-1])
         raise ValueError(f"word_loss: labels are {tuple(labels.shape)}, for these logits they must be {expected}")
     masked = labels != -100
     return F.cross_entropy(at_least_float32(logits[masked]), labels[masked], reduction="none")

@@ -185,16 +185,17 @@ def _normed(self: Mpma, patches):
 
 
 @patch
-def _decode(self: Mpma, patches, ids, attention_mask):
-    "Predictions from standardised patches"
+def _decode(self: Mpma, patches, ids, attention_mask, wanted=None):
+    "Predictions from standardised patches, for all positions or for those wanted"
     embedded, mask = self.report_decoder.embed(ids), attention_mask.bool()
-    return self.report_decoder(embedded, mask, *self.fusion(patches, embedded, mask))
+    return self.report_decoder(embedded, mask, *self.fusion(patches, embedded, mask), wanted)
 
 # %% ../../nbs/7_methods/06_mpma.ipynb #f4cbb465
 @patch
 def _word_losses(self: Mpma, patches, ids, attention_mask, labels):
     "The cross-entropy of each masked token of the reports that are decoded together"
-    return word_losses(self._decode(patches, ids, attention_mask), labels)
+    masked = labels != -100
+    return word_losses(self._decode(patches, ids, attention_mask, masked), labels[masked])
 
 # %% ../../nbs/7_methods/06_mpma.ipynb #097e94c6
 @patch
