@@ -40,7 +40,7 @@ from ..project.config import ConfigError, merge, read_experiment, validate
 from ..project.launch import launch, obey_launcher
 from ..project.plan import FUSED, Experiment, method_settings
 from ..training.loop import resolve_precision
-from ..training.pretrain import PretrainOptions, share_statistics
+from ..training.pretrain import PretrainOptions, save_memory, share_statistics
 
 # %% ../../nbs/benchmarks/05_steps.ipynb #8f9d05fc
 _BERT_BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
@@ -54,6 +54,7 @@ _LARGE = dict(
 def measured_options(
     methods: list[str],  # names of medvlp.methods, or of the experiment's own variants
     experiment: str | Path = "",  # a file of experiments/; none: ViT-B/16 at 224 pixels and BERT-base
+    **changes,  # options in place of the experiment's, such as encoder_batch
 ) -> dict[str, PretrainOptions]:  # by name
     "The options of each method; `ConfigError` for a name that does not exist"
     if experiment:
@@ -63,7 +64,7 @@ def measured_options(
         for name in methods:
             _check_name(name)
         settings = {name: _LARGE | dict(method=name) for name in methods}
-    return {name: _without_weights(name, each, experiment) for name, each in settings.items()}
+    return {name: _without_weights(name, each | changes, experiment) for name, each in settings.items()}
 
 
 def _check_name(name):
@@ -112,6 +113,7 @@ def _step(options, batch_size, precision, alone, device):
     model.epoch = 100.0
     if options.channels_last:
         model.image_encoder.to(memory_format=torch.channels_last)
+    save_memory(model, options)
     T = options.max_tokens
     batch = random_batch(model, batch_size // _processes(), T, (T - 2) * 97 // 110, device)
     module = EncodersAlone(model).requires_grad_() if alone else model  # also where the method freezes them
@@ -323,6 +325,8 @@ def _parser():
     parser.add_argument(
         "--workers", **several, default=[0, *(n for n in (1, 2, 4, 8, 16) if n <= cores)], help="that load images"
     )
+    parser.add_argument("--encoder-batch", type=int, help="pairs that are encoded at a time, to save memory")
+    parser.add_argument("--recompute", action="store_true", default=None, help="the encoders' layers, to save memory")
     parser.add_argument("--repeats", type=int, default=3, help="of which the median counts")
     parser.add_argument("--out", default="scratch/steps", help="folder of tables and figures")
     parser.add_argument("--job", help=argparse.SUPPRESS)  # of a launched process
@@ -370,7 +374,9 @@ def main(
     device, cores = resolve_device(a.device), f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores"
     print(torch.cuda.get_device_name() if device == "cuda" else cores)
     precisions = list(dict.fromkeys(resolve_precision(p, device) for p in a.precision))
-    options = measured_options(a.methods, a.experiment)
+    memory = dict(encoder_batch=a.encoder_batch, recompute=a.recompute)
+    changes = {name: value for name, value in memory.items() if value is not None}
+    options = measured_options(a.methods, a.experiment, **changes)
     check_writable(a.out)
     how = dict(batches=a.batch, precisions=precisions, processes=a.processes, repeats=a.repeats, device=device)
     steps = step_benchmark(options, **how)
