@@ -11,11 +11,11 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 from medvlp.losses.ops import (
     BLOCK,
-    CACHED_BLOCK,
     at_least_float32,
     both_ways,
     check_pairs,
     mask_padding,
+    packing,
     pair_blocks,
     real_words,
 )
@@ -115,16 +115,16 @@ def patch_word_scores(
     check_pairs(patches, words, mask)
     if reports is not None and reports < 1:
         raise ValueError(f"patch_word: reports is {reports}, a block needs at least 1")
-    (A, N, _), (B, L, _), on_cpu = patches.shape, words.shape, mask.device.type == "cpu"
+    (A, N, _), (B, L, _) = patches.shape, words.shape
     if max(N, L) >= 2**15:
         raise ValueError(f"patch_word: {N} patches and {L} words; at most 32,767 of each are possible")
-    pack = on_cpu and reports is None
+    pack, entries = packing(mask, A, N, reports)
     places, order, runs = real_words(mask, pack)
     with torch.autocast(patches.device.type, enabled=False):
         patches = F.normalize(at_least_float32(patches), dim=-1)
         words = F.normalize(at_least_float32(mask_padding(words, mask)), dim=-1)
         words, real = words.flatten(0, 1).index_select(0, places), None if pack else mask.flatten()
-        blocks = pair_blocks(runs, A, N, CACHED_BLOCK if on_cpu else BLOCK, reports)
+        blocks = pair_blocks(runs, A, N, entries, reports)
         scores = _PatchWordScores.apply(patches, words, real, runs, blocks)
         scores = scores.new_zeros(2, B, A).index_copy(1, order, scores).permute(2, 1, 0)
         return scores.masked_fill(~mask.any(1)[:, None], -torch.inf)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'CACHED_BLOCK', 'at_least_float32', 'mask_padding', 'masked_softmax', 'masked_logsumexp', 'similarity',
            'alone', 'all_reduce', 'mean_over_processes', 'gather', 'own_rows', 'gather_tokens', 'both_ways',
-           'check_pairs', 'real_words', 'Block', 'pair_blocks', 'gathered_scores']
+           'check_pairs', 'packing', 'real_words', 'Block', 'pair_blocks', 'gathered_scores']
 
 # %% ../../nbs/4_losses/00_ops.ipynb #8f54964b
 from contextlib import contextmanager
@@ -180,7 +180,19 @@ def check_pairs(
 
 # %% ../../nbs/4_losses/00_ops.ipynb #90b2daaf
 BLOCK = 2**24  # entries of a block where memory is the limit
-CACHED_BLOCK = 2**17  # and on a CPU, where it is the cache
+CACHED_BLOCK = 3 * 2**16  # and on a CPU, where it is the cache
+
+
+def packing(
+    mask: Tensor,  # [B,L]
+    images: int,  # A
+    patches: int,  # N of each
+    reports: int | None = None,  # per block, if the caller wants so many
+) -> tuple[bool, int]:  # whether to leave padding out, and the largest number of entries of a block
+    "How to divide all pairs into blocks"
+    on_cpu = mask.device.type == "cpu"
+    entries = CACHED_BLOCK if on_cpu else BLOCK
+    return on_cpu and reports is None and images * patches * mask.numel() > entries, entries
 
 # %% ../../nbs/4_losses/00_ops.ipynb #18fd1820
 def real_words(

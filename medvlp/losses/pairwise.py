@@ -10,8 +10,6 @@ import math
 import torch, torch.nn.functional as F
 from torch import Tensor
 from medvlp.losses.ops import (
-    BLOCK,
-    CACHED_BLOCK,
     Block,
     at_least_float32,
     both_ways,
@@ -19,6 +17,7 @@ from medvlp.losses.ops import (
     mask_padding,
     masked_logsumexp,
     masked_softmax,
+    packing,
     pair_blocks,
     real_words,
 )
@@ -137,7 +136,7 @@ def _through_choice(x, logits, block, attention):
     x *= b
     return x.addcmul_(b, x.sum(1, keepdim=True), value=-1 / attention.sharpness).flatten(0, 1)
 
-# %% ../../nbs/4_losses/04_pairwise.ipynb #e7e4dbc8
+# %% ../../nbs/4_losses/04_pairwise.ipynb #6185a939
 def context_cosines(
     patches: Tensor,  # [A,N,d] of A images
     words: Tensor,  # [B,L,d] of B reports
@@ -150,10 +149,10 @@ def context_cosines(
     "Cosine of every word with its context, the attention-weighted mean of the patches, on every image"
     if torch.is_tensor(temperature):
         raise TypeError("word_temperature is a tensor; it has no gradient, give a number")
-    (A, N, _), (B, L, _), on_cpu = patches.shape, words.shape, mask.device.type == "cpu"
-    pack = on_cpu and reports is None
+    (A, N, _), (B, L, _) = patches.shape, words.shape
+    pack, entries = packing(mask, A, N, reports)
     places, _, runs = real_words(mask, pack)
-    blocks = pair_blocks(runs, A, N, CACHED_BLOCK if on_cpu else BLOCK, reports)
+    blocks = pair_blocks(runs, A, N, entries, reports)
     with torch.autocast(patches.device.type, enabled=False):
         words = at_least_float32(mask_padding(words, mask)).flatten(0, 1).index_select(0, places)
         given = at_least_float32(patches), words, F.normalize(words, dim=-1), None if pack else ~mask.flatten()
