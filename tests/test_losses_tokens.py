@@ -4,6 +4,7 @@ import math
 from functools import partial
 from typing import Callable, NamedTuple
 import pytest, torch, torch.nn.functional as F
+from medvlp.losses import ops
 from medvlp.losses.gla import global_alignment, local_alignment, local_scores
 from medvlp.losses.groups import group, group_alignment
 from medvlp.losses.matching import patch_word, patch_word_scores
@@ -77,6 +78,13 @@ every_loss = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_pairwise_loss = pytest.mark.parametrize(
     "case", [c for c in CASES.values() if c.pairs], ids=[name for name, c in CASES.items() if c.pairs]
 )
+
+
+@pytest.fixture(autouse=True, params=["padded", "packed"])
+def form(request, monkeypatch):
+    "All pairs in one block with padding, as they are so few, and without padding, each pair in a block of its own"
+    if request.param == "packed":
+        monkeypatch.setattr(ops, "CACHED_BLOCK", 1)
 
 
 def studies(dtype=torch.float64):

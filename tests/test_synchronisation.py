@@ -10,6 +10,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import test_methods
+from medvlp.losses import ops
+from medvlp.losses.gla import local_scores
+from medvlp.losses.matching import patch_word_scores
+from medvlp.losses.pairwise import region_word_scores
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_consecutive", "unique_dim")
 TO_PYTHON = {getattr(torch.Tensor, name) for name in ("item", "tolist", "numpy", "cpu", "__array__", "__bool__")}
@@ -30,6 +34,7 @@ EXCEPTIONS = {
     ("losses/masked.py", "word_losses"): MASKED,
     ("generation/report_decoder.py", "forward"): MASKED,
     ("methods/mpma.py", "_word_losses"): MASKED,
+    ("losses/ops.py", "real_words"): "on a CPU only, where padding is left out",
     ("autograd", ""): "the backward pass of these",
 }
 
@@ -106,3 +111,16 @@ def test_a_training_step_reads_no_value(name):
     found = reads(step)
     print(*found.items(), sep="\n")
     assert {where[:2] for where in found} <= EXCEPTIONS.keys()
+
+
+@pytest.mark.parametrize("scores", [region_word_scores, local_scores, patch_word_scores])
+def test_scores_of_all_pairs_in_the_form_for_gpus_read_no_value(scores, monkeypatch):
+    patches, words = torch.randn(3, 5, 4, requires_grad=True), torch.randn(3, 6, 4, requires_grad=True)
+    mask = torch.arange(6) < torch.tensor([[6], [2], [4]])
+
+    def step(reports):
+        scores(patches, words, mask, reports=reports).sum().backward()
+
+    assert not reads(lambda: step(reports=2))
+    monkeypatch.setattr(ops, "CACHED_BLOCK", 1)
+    assert reads(lambda: step(reports=None))

@@ -7,19 +7,17 @@ __all__ = ['row_vectors', 'row_scores', 'global_alignment', 'local_scores', 'loc
 
 # %% ../../nbs/4_losses/07_gla.ipynb #0c8f5444
 import math
-from functools import partial
 import torch, torch.nn.functional as F
 from torch import Tensor
 from medvlp.losses.ops import (
     at_least_float32,
-    blockwise,
     both_ways,
     check_pairs,
     gathered_scores,
     mask_padding,
     masked_logsumexp,
 )
-from .pairwise import context_lengths
+from .pairwise import context_cosines
 
 # %% ../../nbs/4_losses/07_gla.ipynb #b2f9d6b4
 def row_vectors(
@@ -57,22 +55,6 @@ def global_alignment(
     check_pairs(rows, words, mask, paired=True, temperature=temperature)
     return sum(both_ways(gathered_scores(row_scores, rows, words, mask) / temperature))
 
-# %% ../../nbs/4_losses/07_gla.ipynb #2e8ade13
-def _local_block(
-    patches: Tensor,  # [A,N,d]
-    words: Tensor,  # [b,L,d], 0 on padding
-    mask: Tensor,  # [b,L] bool
-    word_temperature: float,
-    sum_temperature: float,
-    agg: str,
-) -> Tensor:  # [A,b]
-    "Scores of a block of reports with all images"
-    patches, words = F.normalize(patches, dim=-1), F.normalize(words, dim=-1)
-    similarity = torch.einsum("and,bld->abln", patches, words)
-    attention = (similarity / word_temperature).softmax(-1)
-    cosines = (attention * similarity).sum(-1) / context_lengths(attention, patches)
-    return masked_logsumexp(cosines / sum_temperature, mask, agg)
-
 # %% ../../nbs/4_losses/07_gla.ipynb #707a0b7b
 def local_scores(
     patches: Tensor,  # [A,N,d] of A images
@@ -82,12 +64,13 @@ def local_scores(
     word_temperature: float = 0.1,  # tau 2, divides a word's cosines with the patches, > 0
     sum_temperature: float = 0.1,  # tau 3, divides the cosines of words and regions, > 0
     agg: str = "sum",  # over words: sum, or mean, which does not favour longer reports
-    reports: int | None = None,  # per block; None: as many as `BLOCK` allows
+    reports: int | None = None,  # per block; None: as many as fit
 ) -> Tensor:  # [A,B], float32 or float64; -inf for a report without words
     "How well the words of every report match their regions on every image (MPMA Eq. 7-8)"
     check_pairs(patches, words, mask, word_temperature=word_temperature, sum_temperature=sum_temperature)
-    score = partial(_local_block, word_temperature=word_temperature, sum_temperature=sum_temperature, agg=agg)
-    return blockwise(score, patches, words, mask, reports)
+    patches, words = (F.normalize(at_least_float32(x), dim=-1) for x in (patches, mask_padding(words, mask)))
+    cosines = context_cosines(patches, words, mask, temperature=word_temperature, compete=False, reports=reports)
+    return masked_logsumexp(cosines / sum_temperature, mask, agg)
 
 # %% ../../nbs/4_losses/07_gla.ipynb #99fffb60
 def local_alignment(

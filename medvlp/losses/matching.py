@@ -9,64 +9,99 @@ __all__ = ['patch_word_scores', 'patch_word_losses', 'patch_word']
 import warnings
 import torch, torch.nn.functional as F
 from torch import Tensor
-from .ops import BLOCK, at_least_float32, both_ways, check_pairs, mask_padding
+from medvlp.losses.ops import (
+    BLOCK,
+    at_least_float32,
+    both_ways,
+    check_pairs,
+    mask_padding,
+    packing,
+    pair_blocks,
+    real_words,
+)
+
+# %% ../../nbs/4_losses/08_matching.ipynb #d16256c3
+def _best(
+    x: Tensor,  # at most 32,767 entries along `dim`
+    dim: int,
+) -> tuple[Tensor, Tensor]:  # without `dim`: values, and places as int16
+    "Maximum and the first place where it is; NaN counts as the last place"
+    best, size = x.amax(dim, keepdim=True), x.shape[dim]
+    ranks = torch.arange(size, 0, -1, dtype=x.dtype, device=x.device)
+    ranks = ranks.view([-1 if i == dim else 1 for i in range(x.dim())])
+    rank = torch.eq(x, best, out=torch.empty_like(x)).mul_(ranks).amax(dim).clamp_(min=1)
+    return best.squeeze(dim), (size - rank).to(torch.int16)
 
 # %% ../../nbs/4_losses/08_matching.ipynb #b4292159
 def _choice_matrix(
-    choice: Tensor,  # [R,G] int, 0..size-1: the choice of each row in each of G groups
+    columns: Tensor,  # [R,G] int64, ascending: the choices of each row
     weight: Tensor,  # [R,G]
-    size: int,  # of a group
-) -> Tensor:  # [R,G*size], sparse: the weights at the choices
+    size: int,  # number of columns
+) -> Tensor:  # [R,size], sparse: the weights at the choices
     "Choices as a sparse matrix"
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-    R, G = choice.shape
-    starts = torch.arange(0, R * G + 1, G, device=choice.device)
-    columns = choice.long() + size * torch.arange(G, device=choice.device)
-    return torch.sparse_csr_tensor(starts, columns.flatten(), weight.flatten(), (R, G * size), check_invariants=False)
+    R, G = columns.shape
+    starts = torch.arange(0, R * G + 1, G, device=columns.device)
+    shape = dict(size=(R, size), check_invariants=False)
+    return torch.sparse_csr_tensor(starts, columns.flatten(), weight.flatten(), **shape)
 
 # %% ../../nbs/4_losses/08_matching.ipynb #6d7d8140
-def _blocks(
-    n: int,  # reports
-    size: int,  # reports per block
-) -> list[slice]:
-    "Slices that cover n reports"
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
-
-
 class _PatchWordScores(torch.autograd.Function):
-    "Both scores of all reports with all images, a block of reports at a time"
+    "Both scores of all reports with all images, a block of pairs at a time"
 
     @staticmethod
-    def forward(ctx, patches, words, mask, reports):
-        (A, N, _), (B, L, _) = patches.shape, words.shape
-        scores = patches.new_empty(A, B, 2)
-        word_of_patch = mask.new_empty((A, N, B), dtype=torch.int16)
-        patch_of_word = mask.new_empty((A, B, L), dtype=torch.int16)
-        for j in _blocks(B, reports):
-            cosines = (patches.flatten(0, 1) @ words[j].flatten(0, 1).T).view(A, N, -1, L)
-            best, patch_of_word[:, j] = cosines.max(1)
-            scores[:, j, 1] = (best * mask[j]).sum(2) / mask[j].sum(1).clamp(min=1)
-            best, word_of_patch[:, :, j] = cosines.masked_fill_(~mask[j], -torch.inf).max(3)
-            scores[:, j, 0] = best.mean(1)
-        ctx.save_for_backward(patches, words, mask, word_of_patch, patch_of_word)
-        return scores.masked_fill_(~mask.any(1)[:, None], -torch.inf)
+    def forward(ctx, patches, words, real, runs, blocks):  # real: [W] bool, or None where there is no padding
+        (A, N, _), W, R = patches.shape, len(words), sum(n for n, _ in runs)
+        scores = patches.new_empty(2, R, A)
+        word_of_patch, patch_of_word = (words.new_empty(x, dtype=torch.int16) for x in ((R, A, N), (W, A)))
+        columns = patches.flatten(0, 1).T.contiguous()
+        for block in blocks:
+            w, r, a = block
+            mask = None if real is None else real[w].view(*block.shape, 1)
+            cosines = (words[w] @ columns[:, N * a.start : N * a.stop]).view(*block.shape, -1, N)
+            best, place = _best(cosines, 3)  # [r,L,a]
+            patch_of_word[w, a] = place.flatten(0, 1)
+            scores[1, r, a] = best.mean(1) if mask is None else (best * mask).sum(1) / mask.sum(1).clamp(min=1)
+            if mask is not None:
+                cosines.masked_fill_(~mask[..., None], -torch.inf)
+            best, word_of_patch[r, a] = _best(cosines, 1)  # [r,a,N]
+            scores[0, r, a] = best.mean(2)
+        ctx.runs = runs
+        ctx.save_for_backward(patches, words, real, word_of_patch, patch_of_word)
+        return scores
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        patches, words, mask, word_of_patch, patch_of_word = ctx.saved_tensors
-        (A, N, _), (B, L, _), flat = patches.shape, words.shape, patches.flatten(0, 1)
-        grad_patches, grad_words = torch.zeros_like(flat), torch.empty_like(words)
+        patches, words, real, word_of_patch, patch_of_word = ctx.saved_tensors
+        (A, N, _), W, flat = patches.shape, len(words), patches.flatten(0, 1)
+        first, report, counts = _reports(ctx.runs, patches.device)
+        keep = 1 if real is None else real[:, None]
+        if real is not None:
+            counts = torch.zeros_like(counts).index_add(0, report, real.long())
+        of_image, of_report = grad[0] * (counts > 0)[:, None] / N, grad[1] / counts.clamp(min=1)[:, None]
+        grad_patches, grad_words = torch.zeros_like(flat), torch.zeros_like(words)
+        step = max(1, BLOCK // (4 * (N * len(first) + W + 1)))
         with torch.autocast(patches.device.type, enabled=False):
-            for j in _blocks(B, max(1, BLOCK // (4 * A * max(N, L)))):
-                block, real = words[j].flatten(0, 1), mask[j]
-                weight = (grad[:, None, j, 0] * real.any(1) / N).expand(-1, N, -1)
-                of_patches = _choice_matrix(word_of_patch[:, :, j].flatten(0, 1), weight.flatten(0, 1), L)
-                weight = grad[:, j, 1, None] * real / real.sum(1, keepdim=True).clamp(min=1)
-                of_words = _choice_matrix(patch_of_word[:, j].flatten(1).T, weight.flatten(1).T, N)
-                grad_patches += of_patches @ block + of_words.mT @ block
-                grad_words[j] = (of_words @ flat + of_patches.mT @ flat).view_as(grad_words[j])
-        return grad_patches.view_as(patches), grad_words, None, None
+            for i in range(0, A if W else 0, step):
+                a, rows = slice(i, i + step), slice(i * N, (i + step) * N)
+                chosen = word_of_patch[:, a].flatten(1).T + first
+                weight = of_image[:, a, None].expand(-1, -1, N).flatten(1).T
+                of_patches = _choice_matrix(chosen, weight, W)
+                chosen = patch_of_word[:, a] + N * torch.arange(len(patches[a]), device=patches.device)
+                of_words = _choice_matrix(chosen, of_report[report, a] * keep, len(flat[rows]))
+                grad_patches[rows] = of_patches @ words + of_words.mT @ words
+                grad_words += of_words @ flat[rows] + of_patches.mT @ flat[rows]
+        return grad_patches.view_as(patches), grad_words, None, None, None
+
+
+def _reports(runs, device):
+    "The first word of each report [R], the report of each word [W], the words of each report [R], as they are packed"
+    none = torch.zeros(0, dtype=torch.long, device=device)
+    lengths = torch.cat([none, *(torch.full((n,), length, device=device) for n, length in runs)])
+    words = torch.arange(sum(n * length for n, length in runs), device=device)
+    ends = lengths.cumsum(0)
+    return ends - lengths, torch.searchsorted(ends, words, right=True), lengths
 
 # %% ../../nbs/4_losses/08_matching.ipynb #d78432a0
 def patch_word_scores(
@@ -74,19 +109,25 @@ def patch_word_scores(
     words: Tensor,  # [B,L,d] of B reports; at most 32,767 words
     mask: Tensor,  # [B,L] bool, True for real words
     *,
-    reports: int | None = None,  # per block; None: as many as `BLOCK` cosines allow
+    reports: int | None = None,  # per block, with padding; None: on a CPU without padding, elsewhere as many as fit
 ) -> Tensor:  # [A,B,2], float32 or float64: s^I and s^T; -inf for a report without words
     "Mean cosine of patches with their best words and of words with their best patches (AdaMatch Eq. 5-8)"
     check_pairs(patches, words, mask)
     if reports is not None and reports < 1:
         raise ValueError(f"patch_word: reports is {reports}, a block needs at least 1")
-    (A, N, _), L = patches.shape, words.shape[1]
+    (A, N, _), (B, L, _) = patches.shape, words.shape
     if max(N, L) >= 2**15:
         raise ValueError(f"patch_word: {N} patches and {L} words; at most 32,767 of each are possible")
+    pack, entries = packing(mask, A, N, reports)
+    places, order, runs = real_words(mask, pack)
     with torch.autocast(patches.device.type, enabled=False):
         patches = F.normalize(at_least_float32(patches), dim=-1)
         words = F.normalize(at_least_float32(mask_padding(words, mask)), dim=-1)
-        return _PatchWordScores.apply(patches, words, mask, reports or max(1, BLOCK // (A * N * L)))
+        words, real = words.flatten(0, 1).index_select(0, places), None if pack else mask.flatten()
+        blocks = pair_blocks(runs, A, N, entries, reports)
+        scores = _PatchWordScores.apply(patches, words, real, runs, blocks)
+        scores = scores.new_zeros(2, B, A).index_copy(1, order, scores).permute(2, 1, 0)
+        return scores.masked_fill(~mask.any(1)[:, None], -torch.inf)
 
 # %% ../../nbs/4_losses/08_matching.ipynb #024802c8
 def patch_word_losses(
@@ -103,7 +144,7 @@ def patch_word(
     mask: Tensor,  # [B,L] bool, True for real words
     *,
     temperature: float | Tensor = 0.07,  # tau, divides the scores, > 0
-    reports: int | None = None,  # per block; None: as many as `BLOCK` cosines allow
+    reports: int | None = None,  # per block, with padding; None: on a CPU without padding, elsewhere as many as fit
 ) -> tuple[Tensor, Tensor]:  # image_to_text, text_to_image: scalars
     "AdaMatch's loss: every image against every report, by the best match of each token (AdaMatch Eq. 5-9)"
     check_pairs(patches, words, mask, paired=True, temperature=temperature)
