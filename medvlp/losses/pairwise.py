@@ -74,8 +74,8 @@ class _Attention:
     def contexts(self, weights: Tensor, block: Block) -> Tensor:  # [a,w,d]
         return weights.transpose(0, 1) @ self.patches[block.images]
 
-# %% ../../nbs/4_losses/04_pairwise.ipynb #db012014
-KEEP = 3 * 2**28  # bytes that a loss of all pairs keeps for its backward pass, at most
+# %% ../../nbs/4_losses/04_pairwise.ipynb #5c2ebae5
+KEEP = 11 * 2**26  # bytes that a loss of all pairs keeps for its backward pass, at most
 
 
 class _ContextCosines(torch.autograd.Function):
