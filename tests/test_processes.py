@@ -27,7 +27,8 @@ def weights(**values):
     return dict(weights=values)
 
 
-# {variant: method, image encoder, options}: all methods, and every way in which experiments/ablation-* leaves terms out
+# {variant: method, image encoder, options, options of the training}: all methods, every way in which
+# experiments/ablation-* leaves terms out, and encoders that take their pairs a part at a time
 VARIANTS = {
     "convirt": ("convirt", small.RESNET, {}),
     "gloria": ("gloria", GRID, {}),
@@ -41,6 +42,7 @@ VARIANTS = {
     "aga-no-bcga": ("aga", GRID, weights(bcga=0.0)),
     "aga-fixed": ("aga", GRID, dict(gate="fixed")),
     "mpma": ("mpma", small.VIT, small.MPMA),
+    "mpma-parts": ("mpma", small.VIT, small.MPMA, dict(encoder_batch=3, recompute=True)),
     "mpma-image": ("mpma", small.VIT, small.MPMA | {"weights": {"mlm": 0.0, "global": 0.0, "local": 0.0}}),
     "mpma-text": ("mpma", small.VIT, small.MPMA | dict(fusion="text")),
     "mpma-gap": ("mpma", small.VIT, small.MPMA | dict(fusion="gap")),
@@ -49,6 +51,7 @@ VARIANTS = {
     "mpma-mlm1": ("mpma", small.VIT, small.MPMA | weights(mlm=1.0)),
     "mpma-reconstruction": ("mpma", small.VIT, small.MPMA | {"weights": {"global": 0.0, "local": 0.0}}),
     "adamatch": ("adamatch", small.PVT, {}),
+    "adamatch-parts": ("adamatch", small.PVT, {}, dict(encoder_batch=1)),
     "adamatch-fixed": ("adamatch", small.PVT | dict(adapatch=[]), {}),
     "adamatch-stage2": ("adamatch", small.PVT | dict(patch_stride=8, adapatch=[2]), {}),
     "adamatch-stage4": ("adamatch", small.PVT | dict(patch_stride=32, adapatch=[2, 3, 4]), {}),
@@ -75,14 +78,14 @@ def train(folder, variant, stop=0):
     from medvlp.project.config import ComputeOptions
     from medvlp.training.pretrain import Guard, MethodTrainer, PretrainOptions, pretrain
 
-    folder, (method, image, own) = Path(folder), VARIANTS[variant]
+    folder, (method, image, own, *more) = Path(folder), VARIANTS[variant]
     studies = {s: load_studies(folder.parent / "prepared", s, ["findings"]) for s in ("train", "val")}
     tokenizer = build_tokenizer(studies["train"], ["findings"], 100)
     torch.manual_seed(0)
     model = build_method(method, image, BERT, len(tokenizer), dim=16, **own).double()
     options = dict(method=method, epochs=1.4, batch_size=8, sections=["findings"], learning_rate=1e-3, log_steps=1)
     options |= dict(augment=dict(degrees=5.0), max_grad_norm=1.0, checkpoint_steps=3)
-    options |= dict(optimizer="lamb" if method == "adamatch" else "adamw")
+    options |= dict(optimizer="lamb" if method == "adamatch" else "adamw", **dict(*more))
 
     def break_off(self, args, state, control, **kwargs):
         if stop and state.global_step == stop:
