@@ -94,7 +94,7 @@ class _PatchWordScores(torch.autograd.Function):
                 grad_words += of_words @ flat[rows] + of_patches.mT @ flat[rows]
         return grad_patches.view_as(patches), grad_words, None, None, None
 
-
+# %% ../../nbs/4_losses/08_matching.ipynb #168b7d14
 def _reports(runs, device):
     "The first word of each report [R], the report of each word [W], the words of each report [R], as they are packed"
     none = torch.zeros(0, dtype=torch.long, device=device)

@@ -104,7 +104,7 @@ class _ContextCosines(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             return *_backward_of_cosines(ctx, grad, *ctx.saved_tensors), None, None, None, None, None
 
-
+# %% ../../nbs/4_losses/04_pairwise.ipynb #38fef893
 def _backward_of_cosines(ctx, grad, words, units, cosines, lengths):
     "Gradients of patches, words and unit words"
     attention, patches = ctx.attention, ctx.attention.patches
@@ -129,7 +129,7 @@ def _backward_of_cosines(ctx, grad, words, units, cosines, lengths):
         grad_words[w].addmm_(x, flat[N * a.start : N * a.stop])
     return grad_patches, grad_words.mul_(scale), grad_units
 
-
+# %% ../../nbs/4_losses/04_pairwise.ipynb #859f1602
 def _through_choice(x, logits, block, attention):
     "Gradient of the similarities [w,a*N] from that of the logits [w,a,N], which come from a softmax over the words"
     x, b = (y.view(*block.shape, -1) for y in (x, logits))
