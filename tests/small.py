@@ -71,10 +71,10 @@ PVT = dict(
 BERT = dict(options=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
 MPMA = dict(rows=16, heads=2, slots=4, decoder_dim=32, decoder_heads=2, decoder_layers=1)
 AMF = dict(fusion_dim=24, heads=2, layers=1)
-OPTIONS = {"mpma": MPMA, "amf": AMF, "amf-fused": AMF | dict(phase="fuse")}
+OPTIONS = {"mgca": dict(n_prototypes=4), "mpma": MPMA, "amf": AMF, "amf-fused": AMF | dict(phase="fuse")}
 
 
-def train(folder, run, method="convirt", minutes=5.0, device="cpu", seed=0, image=None, **changes):
+def train(folder, run, method="convirt", minutes=5.0, device="cpu", seed=0, image=None, precision="fp32", **changes):
     "Pre-train on FOLDER/prepared into FOLDER/RUN, with a checkpoint every few `minutes`; call again to resume"
     from transformers import set_seed
     from medvlp.data.prepare import load_studies
@@ -111,7 +111,7 @@ def train(folder, run, method="convirt", minutes=5.0, device="cpu", seed=0, imag
         studies,
         PretrainOptions(**options | changes),
         seed=seed,
-        compute=ComputeOptions(device=device, precision="fp32", checkpoint_minutes=float(minutes)),
+        compute=ComputeOptions(device=device, precision=precision, checkpoint_minutes=float(minutes)),
         output=folder / run / "model",
         curves=folder / run / "curves",
         checkpoints=folder / run / "checkpoints",

@@ -8,11 +8,10 @@ from medvlp.methods.base import method_names
 from medvlp.training.pretrain import PretrainOptions
 
 ENCODERS = dict(image_encoder=small.VIT, text_encoder=small.BERT, vocab_size=60, max_tokens=12)
-OWN = dict(mgca=dict(n_prototypes=4)) | small.OPTIONS
 
 
 def options(name, **changes):
-    own = dict(dim=16) | OWN.get(name, {})
+    own = dict(dim=16) | small.OPTIONS.get(name, {})
     return PretrainOptions(method=name, options=own, **ENCODERS | changes)
 
 
