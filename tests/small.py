@@ -87,6 +87,7 @@ def train(folder, run, method="convirt", minutes=5.0, device="cpu", seed=0, imag
     folder = Path(folder)
     studies = {s: load_studies(folder / "prepared", s, ["findings"]) for s in ("train", "val")}
     tokenizer = build_tokenizer(studies["train"], ["findings"], 100)
+    workers = 0 if device == "cpu" else 1
     image, own = image or dict(mpma=VIT, adamatch=PVT).get(method, RESNET), OPTIONS.get(method, {})
     method = method.removesuffix("-fused")
     set_seed(seed)
@@ -111,7 +112,7 @@ def train(folder, run, method="convirt", minutes=5.0, device="cpu", seed=0, imag
         studies,
         PretrainOptions(**options | changes),
         seed=seed,
-        compute=ComputeOptions(device=device, precision=precision, checkpoint_minutes=float(minutes)),
+        compute=ComputeOptions(device=device, precision=precision, checkpoint_minutes=float(minutes), workers=workers),
         output=folder / run / "model",
         curves=folder / run / "curves",
         checkpoints=folder / run / "checkpoints",
