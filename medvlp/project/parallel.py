@@ -21,7 +21,9 @@ from graphlib import TopologicalSorter
 
 import psutil
 
-from .run import PATIENT, SIGNALS
+from .config import ComputeOptions, ConfigError, read_experiment, validate
+from .kernels import copied_kernels
+from .run import PATIENT, SIGNALS, kernel_environment
 from .stage import enter_project
 
 # %% ../../nbs/0_project/05_parallel.ipynb #37111346
@@ -190,13 +192,22 @@ def main(
     for name in SIGNALS:
         if name == signal.SIGINT or signal.getsignal(name) is not signal.SIG_IGN:  # as nohup does
             signal.signal(name, repro.stop)
-    status = repro.wait(repro.start("repro")) if arguments.jobs == 1 else _side_by_side(repro, arguments.jobs)
+    with copied_kernels(kernel_environment(_threads())):
+        status = repro.wait(repro.start("repro")) if arguments.jobs == 1 else _side_by_side(repro, arguments.jobs)
     if repro.stopped:
         repro._print(f"{SIGNALS[repro.stopped]}: nothing is left running; the same command goes on from here\n")
         return 128 + repro.stopped
     return status
 
 # %% ../../nbs/0_project/05_parallel.ipynb #4552cd3a
+def _threads():
+    "How many params.yaml gives to each stage; if it is wrong, `plan` will say so"
+    with suppress(ConfigError):
+        compute = read_experiment("params.yaml").get("compute") or {}
+        return validate(ComputeOptions, compute, "params.yaml: compute").threads
+    return "auto"
+
+
 def _side_by_side(repro, jobs):
     "Run what has changed, several stages at a time; the exit status"
     changed, dot = _ask(repro, "status", "--json"), _ask(repro, "dag", "--dot")
