@@ -6,6 +6,7 @@
 __all__ = ['KERNELS', 'stage_modules', 'main', 'copied_kernels']
 
 # %% ../../nbs/0_project/09_kernels.ipynb #8dee60de
+import builtins
 import gc
 import json
 import os
@@ -21,6 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from select import select
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 # %% ../../nbs/0_project/09_kernels.ipynb #900359ae
 def stage_modules(
@@ -32,9 +34,11 @@ def stage_modules(
 
 # %% ../../nbs/0_project/09_kernels.ipynb #f225c6b8
 def _import_all(names):
+    builtins.get_ipython = lambda: SimpleNamespace(kernel=None)  # as there will be
     for name in names:
         with suppress(Exception):
             import_module(name)
+    del builtins.get_ipython
     gc.collect()
     gc.freeze()
 
