@@ -60,7 +60,7 @@ def _serve(listener):
         os.wait()
 
 # %% ../../nbs/0_project/09_kernels.ipynb #e2e727fc
-_READ_ONCE = ("OMP_NUM_THREADS", "PYTHONHASHSEED", "PYTHONWARNINGS", "MPLBACKEND")
+_READ_ONCE = ("OMP_NUM_THREADS", "PYTHONHASHSEED", "PYTHONPATH", "PYTHONWARNINGS", "MPLBACKEND")
 
 
 def _keep(connection):

@@ -264,7 +264,7 @@ def save_memory(
             module.at_once = options.encoder_batch
     if options.recompute:
         model.image_encoder.net.set_grad_checkpointing()
-        model.text_encoder.net.gradient_checkpointing_enable(dict(use_reentrant=False))
+        model.text_encoder.net.activation_checkpointing_enable(dict(use_reentrant=False))
 
 
 def _memory_problems(options, model):
