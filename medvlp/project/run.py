@@ -9,6 +9,7 @@ __all__ = ['SIGNALS', 'PATIENT', 'clean_outputs', 'clean_copy', 'ProgressStream'
 # %% ../../nbs/0_project/03_run.ipynb #d8bad49b
 import argparse
 import builtins
+import logging
 import os
 import re
 import signal
@@ -135,6 +136,14 @@ def _check_parameters(notebook, names):
             raise ConfigError(f"{notebook}: its parameters cell does not set {name}")
 
 # %% ../../nbs/0_project/03_run.ipynb #d8f073c2
+def _import_papermill():
+    "Papermill, without the parser that it would take seconds to load"
+    sys.modules.setdefault("rfc3987_syntax", None)
+    import papermill
+
+    return papermill
+
+
 def run_notebook(
     notebook: str | Path,  # a stage notebook
     output: str | Path,  # where its executed copy goes
@@ -142,14 +151,10 @@ def run_notebook(
     threads: int | str = "auto",  # CPU threads
 ) -> None:
     "Execute a copy of the notebook in the working directory; Papermill's error if a cell fails"
-    import logging
-
-    sys.modules.setdefault("rfc3987_syntax", None)
-    import papermill
-
     notebook, output = Path(notebook), Path(output)
     _check_parameters(notebook, parameters)
     running, failed = _copy_paths(output)
+    papermill = _import_papermill()
     logging.getLogger("papermill").setLevel(logging.ERROR)
     os.environ.update(kernel_environment(threads))
     try:
@@ -290,6 +295,7 @@ def main(
 # %% ../../nbs/0_project/03_run.ipynb #c562edf2
 def _run_and_report(notebook, output, stage):
     "Run a stage and say how it ended"
+    _import_papermill()
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
