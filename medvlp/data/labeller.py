@@ -96,8 +96,8 @@ def _term_matcher(nlp, terms, rules):
             phrases.add("|".join(names) or "-", [nlp.make_doc(_plain(form))])
 
     def match(doc):
-        spans = filter_spans(phrases(doc, as_spans=True))
-        found = [(m.span(1), label) for gap, label in gaps for m in gap.finditer(doc.text)]
+        text, spans = doc.text, filter_spans(phrases(doc, as_spans=True))
+        found = [(m.span(1), label) for gap, label in gaps for m in gap.finditer(text)]
         inside = [doc.char_span(*place, label=label, alignment_mode="expand") for place, label in found]
         return [s for s in filter_spans([*spans, *inside]) if s.label_ != "-"]
 

@@ -33,6 +33,9 @@ def stage_modules(
     return sorted({name for text in texts for name in re.findall(r"from (medvlp\.[\w.]+) import", text)})
 
 # %% ../../nbs/0_project/09_kernels.ipynb #f225c6b8
+_ALSO = ("negspacy.negation", "networkx", "sklearn.linear_model")  # which the package imports late
+
+
 def _import_all(names):
     builtins.get_ipython = lambda: SimpleNamespace(kernel=None)  # as there will be
     for name in names:
@@ -50,7 +53,7 @@ def _serve(listener):
     while listener in select([listener, sys.stdin], [], [])[0]:
         connection = listener.accept()[0]
         if not imported:
-            _import_all(stage_modules())
+            _import_all([*stage_modules(), *_ALSO])
             imported = True
         if not os.fork():
             listener.close()
@@ -185,7 +188,7 @@ def copied_kernels(
         try:
             yield
         finally:
-            del os.environ[KERNELS]
+            os.environ.pop(KERNELS, None)
             server.stdin.close()
             server.wait()
 

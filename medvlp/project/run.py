@@ -299,7 +299,7 @@ def _run_and_report(notebook, output, stage):
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    failed = Path(output).with_suffix(".failed.ipynb")
+    failed, begin = Path(output).with_suffix(".failed.ipynb"), time.monotonic()
     try:
         run_notebook(notebook, output, dict(run_name=stage.run), stage.compute.threads)
     except (PapermillExecutionError, RuntimeError) as e:
@@ -312,7 +312,7 @@ def _run_and_report(notebook, output, stage):
         raise
     except SystemExit as e:
         return _fail(f"{stage.name}: {SIGNALS[e.code - 128]}; partial copy: {failed}", e.code)
-    print(f"{stage.name}: executed copy in {output}")
+    print(f"{stage.name}: {time.monotonic() - begin:.0f} s, executed copy in {output}")
     return 0
 
 # %% ../../nbs/0_project/03_run.ipynb #dc087cec
