@@ -74,9 +74,9 @@ def run_graph(
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while sorter.is_active():
-                ready = sorted([*ready, *sorter.get_ready()], key=lengths.get)
+                ready = sorted([*ready, *sorter.get_ready()], key=lengths.get, reverse=True)
                 while ready and len(running) < jobs:
-                    name = ready.pop()
+                    name = ready.pop(0)
                     running[pool.submit(run, name)] = name
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
                     name = running.pop(done)
