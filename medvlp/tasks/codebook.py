@@ -363,7 +363,8 @@ def keyword_table(
         return scores[first](counts) - scores[other](counts)
 
     counts, rows = resample(patient_ids, n_resamples), []
-    for name, f in scores.items() | {f"{first} over {name}": partial(difference, name) for name in others}.items():
+    functions = scores | {f"{first} over {name}": partial(difference, name) for name in others}
+    for name, f in functions.items():
         value, low, high = estimate(f, counts)
         for i, measure in enumerate(("precision", "recall", "F1")):
             for j, label in enumerate([*truth, "macro", "micro"]):
