@@ -13,7 +13,8 @@ from toy_project import TASKS, ToyProject
 
 CANARY = "qzcanary"  # a word of every report, question and answer
 PRIVATE = ("data", "prepared/toy/data", "models", "fitted", "reports")  # not in git; they may hold text
-STAGES = [(task, "toy-convirt-0") for task in TASKS]
+RUN = [task for task in TASKS if task not in ("cycle", "segment")]  # these need another method, and masks
+STAGES = [(task, "toy-convirt-0") for task in RUN]
 PLENTY = dict(epochs=1, min_steps=0, batch_size=8)
 
 
@@ -33,8 +34,8 @@ def with_canary(table):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    tasks = {task: dict(data=["toy"], methods=["convirt"]) for task in TASKS}
-    for task in ("finetune", "report", "answer"):
+    tasks = {task: dict(data=["toy"], methods=["convirt"]) for task in RUN}
+    for task in ("finetune", "report", "answer", "detect"):
         tasks[task] |= PLENTY
     project = ToyProject(tmp_path_factory.mktemp("canary"), tasks=tasks)
     edit(project.folder / "data", with_canary)
