@@ -166,12 +166,21 @@ def _describe_kernel(folder, address):
     file.write_text(json.dumps(dict(argv=command, display_name="python3", language="python")))
 
 
+def _possible():
+    "Whether this system can watch a process by a file (Linux since 5.3), and has no GPU"
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return not os.path.exists("/dev/nvidia0")
+
+
 @contextmanager
 def copied_kernels(
     environment: dict,  # variables that the kernels will have
 ) -> Iterator[None]:
     "Within it the kernels of stages are copies of one process, where that is possible"
-    if sys.platform != "linux" or os.path.exists("/dev/nvidia0"):
+    if not _possible():
         yield
         return
     with TemporaryDirectory(dir="/tmp", prefix="medvlp-") as folder, socket.socket(socket.AF_UNIX) as listener:
