@@ -174,7 +174,7 @@ def _possible():
         return False
     return not os.path.exists("/dev/nvidia0")
 
-
+# %% ../../nbs/0_project/09_kernels.ipynb #7a47fa9d
 @contextmanager
 def copied_kernels(
     environment: dict,  # variables that the kernels will have
