@@ -1,6 +1,6 @@
 "A study set and a training run small enough for tests. As a script: FOLDER RUN METHOD MINUTES DEVICE"
 
-import signal, subprocess, sys, time
+import multiprocessing, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from PIL import Image
@@ -87,7 +87,10 @@ def train(folder, run, method="convirt", minutes=5.0, device="cpu", seed=0, imag
     folder = Path(folder)
     studies = {s: load_studies(folder / "prepared", s, ["findings"]) for s in ("train", "val")}
     tokenizer = build_tokenizer(studies["train"], ["findings"], 100)
-    workers = 0 if device == "cpu" else 1
+    workers = 0
+    if device == "cuda":
+        workers = 1
+        multiprocessing.set_start_method("fork", force=True)  # a fork server's child would import all for each loader
     image, own = image or dict(mpma=VIT, adamatch=PVT).get(method, RESNET), OPTIONS.get(method, {})
     method = method.removesuffix("-fused")
     set_seed(seed)
