@@ -224,5 +224,6 @@ def sample_sentences(
 
     sentences = re.split(r"(?<=[.!?])\s+", text)
     order = torch.randperm(len(sentences)).tolist()
-    kept = [i for i in order if torch.rand(()) < keep] or order[:1]
+    stays = (torch.rand(len(sentences)) < keep).tolist()
+    kept = [i for i, s in zip(order, stays) if s] or order[:1]
     return " ".join(sentences[i] for i in (kept if shuffle else sorted(kept)))

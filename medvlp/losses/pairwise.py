@@ -75,7 +75,7 @@ class _Attention:
         return weights.transpose(0, 1) @ self.patches[block.images]
 
 # %% ../../nbs/4_losses/04_pairwise.ipynb #5c2ebae5
-KEEP = 11 * 2**26  # bytes that a loss of all pairs keeps for its backward pass, at most
+KEEP = 11 * 2**26  # bytes that a loss of all pairs keeps for its backward pass on a CPU, at most
 
 
 class _ContextCosines(torch.autograd.Function):
@@ -156,7 +156,7 @@ def context_cosines(
     with torch.autocast(patches.device.type, enabled=False):
         words = at_least_float32(mask_padding(words, mask)).flatten(0, 1).index_select(0, places)
         given = at_least_float32(patches), words, F.normalize(words, dim=-1), None if pack else ~mask.flatten()
-        room = KEEP if torch.is_grad_enabled() else 0
+        room = KEEP if torch.is_grad_enabled() and patches.device.type == "cpu" else 0
         cosines = _ContextCosines.apply(*given, blocks, temperature, compete, room)
         return cosines.new_zeros(A, B * L).index_copy(1, places, cosines).view(A, B, L)
 

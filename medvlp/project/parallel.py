@@ -22,7 +22,7 @@ from graphlib import TopologicalSorter
 import psutil
 
 from .config import ComputeOptions, ConfigError, read_experiment, validate
-from .kernels import copied_kernels
+from .kernels import copied_kernels, start_imports
 from .run import PATIENT, SIGNALS, kernel_environment
 from .stage import enter_project
 
@@ -53,13 +53,15 @@ def affected(
 def chain_lengths(
     graph: dict[str, set[str]],  # {stage: the stages that it needs}
 ) -> dict[str, int]:
-    "The number of stages in the longest chain that begins with each stage"
-    lengths = {}
-    for name in reversed(list(TopologicalSorter(graph).static_order())):
-        lengths.setdefault(name, 1)
-        for before in graph[name]:
-            lengths[before] = max(lengths.get(before, 1), lengths[name] + 1)
-    return lengths
+    "The number of stages in the longest chain through each stage"
+    order = list(TopologicalSorter(graph).static_order())
+    before, after = {}, dict.fromkeys(order, 0)
+    for name in order:
+        before[name] = max((before[needed] + 1 for needed in graph[name]), default=0)
+    for name in reversed(order):
+        for needed in graph[name]:
+            after[needed] = max(after[needed], after[name] + 1)
+    return {name: before[name] + 1 + after[name] for name in order}
 
 # %% ../../nbs/0_project/05_parallel.ipynb #c77300a3
 def run_graph(
@@ -214,7 +216,9 @@ def _side_by_side(repro, jobs):
     if changed is None or dot is None:
         return 1
     graph = affected(read_graph(dot), set(json.loads(changed or "{}")))
-    if not graph:
+    if graph:
+        start_imports()
+    else:
         print("Data and pipelines are up to date.")
     failed = run_graph(graph, repro, jobs)
     for name in failed if not repro.stopped else ():

@@ -298,6 +298,7 @@ def fit(
         model.load_state_dict(torch.load(trained, "cpu"))
         return model.to(resolve_device(compute.device)).eval()
     logging.disable_progress_bar()
+    model.to(memory_format=torch.channels_last)
     how = dict(collate=collate, seed=seed, compute=compute, folder=folder, title=title, metric=metric)
     trainer = DownstreamTrainer(model, train, val, options, **how)
     start = {name: x.cpu().clone() for name, x in model.state_dict().items()}
@@ -308,7 +309,7 @@ def fit(
     if keep:
         _save_whole(model, trained)
     shutil.rmtree(folder, ignore_errors=True)
-    return model.eval()
+    return model.to(memory_format=torch.contiguous_format).eval()
 
 # %% ../../nbs/8_training/02_downstream.ipynb #99f5da38
 def _save_whole(model, file):
