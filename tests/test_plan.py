@@ -126,11 +126,12 @@ def test_second_pretrainings(tmp_path, change, problem):
 
 
 def test_every_stage_of_dvc_has_a_file(tmp_path):
-    "The names that dvc.yaml makes are those of the plan"
+    "The names that dvc.yaml makes are those of the plan, and the lock file, which DVC writes after each, has no others"
     stages = {stage.name for stage in plan(resolve("params.yaml", need_data=False))}
     command = [Path(sys.executable).parent / "dvc", "stage", "list", "--name-only"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True)
     assert set(listed.stdout.split()) - {"plan"} == stages
+    assert set(read_yaml("dvc.lock")["stages"]) == stages | {"plan"}
 
 
 def test_a_changed_option_changes_only_its_own_stages(tmp_path):

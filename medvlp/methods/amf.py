@@ -77,7 +77,6 @@ class Amf(Method):
 
     name = "amf"
     Options = AmfOptions
-    two_views = True
     second_stage = dict(phase="fuse")
 
     def __init__(self, config):
@@ -94,6 +93,10 @@ class Amf(Method):
         if o.phase == "fuse":
             self.capabilities = self.capabilities | {"fusion", "token_maps"}
         self._freeze()
+
+    @property
+    def two_views(self):
+        return self.options.phase == "align"
 
     def _freeze(self):
         "Only what the phase trains has gradients"
