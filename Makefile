@@ -49,10 +49,12 @@ lab: install ## JupyterLab, on the notebooks
 export: install ## notebooks to package, then clean them
 	nbdev_export && nbdev_clean
 
-readme: install ## README.md from nbs/index.ipynb, and the pictures it shows from the last run of the demo
+readme: install ## README.md and the tables of nbs/index.ipynb, and their pictures, from the last run of the demo
 	mkdir -p nbs/images
 	cp $(addprefix reports/demo/figures/,samples.png matches-adamatch.png reconstruction-mpma.png) nbs/images/
-	jupyter nbconvert --log-level WARN --execute --no-input --to markdown nbs/index.ipynb --output-dir . --output README
+	jupyter nbconvert --log-level ERROR --execute --inplace nbs/index.ipynb
+	nbdev_clean --fname nbs/index.ipynb
+	jupyter nbconvert --log-level WARN --no-input --to markdown nbs/index.ipynb --output-dir . --output README
 	sed -i -E '/^$$/N; /^\n$$/D; s#\]\(([0-9]_|stages|images|guides|figures|tables|benchmarks)#](nbs/\1#g' README.md
 
 phantom: install ## draw the demo's study set anew

@@ -52,8 +52,15 @@ def test_data_flow_one_way():
         assert not later, f"{path.relative_to(ROOT)} imports from {later}"
 
 
-def test_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+def test_readme_is_short_and_its_tables_are_those_of_the_index():
+    import nbformat
+
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    cells = nbformat.read(ROOT / "nbs/index.ipynb", as_version=4).cells
+    shown = [output.data["text/markdown"] for cell in cells for output in cell.get("outputs", ())]
+    rows = [row for text in shown for row in text.splitlines() if row.startswith("|")]
+    assert rows and not set(rows) - set(lines), "run make readme"
 
 
 def test_every_stage_notebook_has_its_parameters_cell():
