@@ -98,12 +98,6 @@ class Amf(Method):
     def two_views(self):
         return self.options.phase == "align"
 
-    def _freeze(self):
-        "Only what the phase trains has gradients"
-        trained = (*_ENCODERS, "temperatures") if self.options.phase == "align" else _FUSION
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.split(".")[0] in trained)
-
     @property
     def leaves_out(self):
         "Whether a term of the phase has weight 0; what the other phase trains is frozen"
@@ -115,9 +109,16 @@ class Amf(Method):
             getattr(self, name).eval()
         return self
 
-
+# %% ../../nbs/7_methods/08_amf.ipynb #5b0c7ad2
 _ENCODERS = ("image_encoder", "text_encoder", "image_projection", "text_projection")
 _FUSION = ("fusion", "fusion_patches", "fusion_words", "match")
+
+
+@patch
+def _freeze(self: Amf):
+    trained = (*_ENCODERS, "temperatures") if self.options.phase == "align" else _FUSION
+    for name, parameter in self.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] in trained)
 
 # %% ../../nbs/7_methods/08_amf.ipynb #eb2ea512
 @patch
